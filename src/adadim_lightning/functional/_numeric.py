@@ -1,0 +1,49 @@
+"""Numerical house rules that every function here follows: full precision, checked input."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` itself if it is float32 or wider, otherwise its float32 copy."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 work on tensors of ``device`` runs: Apple's MPS has none, so there the CPU does it."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """Float64 copy of ``x``, on its own device where that is possible."""
+    return x.to(float64_device(x.device), torch.float64)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Context in which mixed precision does not narrow the arithmetic on ``x``."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def check_matrix(x: Tensor, name: str = "x", *, finite: bool = True) -> None:
+    """Raise ValueError unless ``x`` is a non-empty ``(N, d)`` floating tensor (without NaN and infinity)."""
+    if x.ndim != 2 or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (N, d) with N, d >= 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if finite and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds a NaN or an infinity")
+
+
+def check_views(x1: Tensor, x2: Tensor, names: tuple[str, str] = ("z1", "z2")) -> None:
+    """Raise ValueError unless both views are ``(N, d)`` with the same N >= 2 and d; forces no device sync."""
+    for x, name in zip((x1, x2), names, strict=True):
+        check_matrix(x, name, finite=False)
+    if x1.shape != x2.shape:
+        raise ValueError(
+            f"both views must have the same shape, got {names[0]} {tuple(x1.shape)} "
+            f"and {names[1]} {tuple(x2.shape)}"
+        )
+    if len(x1) < 2:
+        raise ValueError(f"a batch needs at least 2 images, got {len(x1)}; raise the batch size")

@@ -1,0 +1,61 @@
+"""Weighted nearest-neighbor classification of frozen representations."""
+
+import torch
+from torch import Tensor
+
+from adadim_lightning.functional._numeric import check_matrix, full_precision, no_autocast
+
+
+@torch.no_grad()
+def knn_predict(
+    x: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk_size: int = 1024,
+) -> Tensor:
+    r"""Label of each row by the vote of its nearest neighbors, each weighted :math:`\exp(\cos / \tau)`.
+
+    Args:
+        x: vectors to classify, shape ``(N, d)``, any floating dtype.
+        bank: vectors with known labels, shape ``(M, d)``.
+        bank_labels: their classes, shape ``(M,)``, integers >= 0.
+        k: number of neighbors; never more than M are used.
+        temperature: :math:`\tau` > 0; a large one makes the vote plain.
+        chunk_size: rows compared at a time; bounds the memory at ``chunk_size * M`` similarities.
+
+    Returns:
+        Predicted classes, shape ``(N,)``, int64.
+
+    Raises:
+        ValueError: shapes do not match, an input is empty or not finite, ``k`` < 1 or ``temperature`` <= 0.
+
+    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018.
+
+    Example:
+        >>> knn_predict(torch.tensor([[1.0, 0.1]]), torch.eye(2), torch.tensor([3, 5]), k=1)
+        tensor([3])
+    """
+    check_matrix(x)
+    check_matrix(bank, "bank")
+    if x.shape[1] != bank.shape[1] or bank_labels.shape != bank.shape[:1]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, bank {tuple(bank.shape)} and bank_labels {tuple(bank_labels.shape)} "
+            "do not fit together"
+        )
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k must be >= 1 and temperature > 0, got {k} and {temperature}")
+    with no_autocast(x):
+        bank = torch.nn.functional.normalize(full_precision(bank), dim=1)
+        x = torch.nn.functional.normalize(full_precision(x), dim=1).to(bank.dtype)
+        classes = int(bank_labels.max()) + 1
+        predictions = []
+        for chunk in torch.split(x, chunk_size):
+            similarity, neighbor = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
+            votes = similarity.new_zeros(len(chunk), classes)
+            # Cosines are at most 1: subtracting it first keeps a small temperature from overflowing.
+            votes.scatter_add_(1, bank_labels[neighbor], ((similarity - 1) / temperature).exp())
+            predictions.append(votes.argmax(dim=1))
+        return torch.cat(predictions)
