@@ -8,7 +8,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
-    import adadim_lightning.functional as functional
+    from adadim_lightning import functional, metrics
 
     doctest_namespace["torch"] = torch
-    doctest_namespace.update({name: getattr(functional, name) for name in functional.__all__})
+    for module in (functional, metrics):
+        doctest_namespace.update({name: getattr(module, name) for name in module.__all__})

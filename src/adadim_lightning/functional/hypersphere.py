@@ -36,15 +36,15 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
         raise ValueError(f"uniformity needs at least 2 rows, got {len(x)}")
     with no_autocast(x):
         n = len(x)
-        exponent: Tensor = (2 * t * (cosine_gram(x) - 1)).fill_diagonal_(-math.inf)
-        return torch.logsumexp(exponent.flatten(), dim=0) - math.log(n * (n - 1))
+        exponent = (2 * t * (cosine_gram(x) - 1)).fill_diagonal_(-math.inf)
+        return exponent.flatten().logsumexp(dim=0) - math.log(n * (n - 1))
 
 
 def _row_alignment(x: Tensor, y: Tensor, alpha: float) -> Tensor:
     """Distance to the power ``alpha`` between matching rows, after L2 normalization; shape ``(N,)``."""
     x = torch.nn.functional.normalize(full_precision(x), dim=1)
     y = torch.nn.functional.normalize(full_precision(y), dim=1)
-    return torch.linalg.vector_norm(x - y, dim=1) ** alpha
+    return torch.pow(torch.linalg.vector_norm(x - y, dim=1), alpha)
 
 
 def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:

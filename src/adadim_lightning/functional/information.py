@@ -99,9 +99,7 @@ def _renyi_information(gram_r: Tensor, gram_z: Tensor, order: float) -> Tensor:
         square_r, square_z = gram_r.square(), gram_z.square()
         joint = torch.dot(square_r.flatten(), square_z.flatten())
         return 2 * math.log(len(gram_r)) + joint.log() - square_r.sum().log() - square_z.sum().log()
-    return (
-        _renyi_entropy(gram_r, order) + _renyi_entropy(gram_z, order) - _renyi_entropy(gram_r * gram_z, order)
-    )
+    return _renyi_entropy(gram_r, order) + _renyi_entropy(gram_z, order) - _renyi_entropy(gram_r * gram_z, order)
 
 
 def matrix_mutual_information(r: Tensor, z: Tensor, *, order: float = 2.0) -> Tensor:

@@ -1,0 +1,254 @@
+"""Logs how many dimensions R and Z span, and how much of R the head lets through."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from adadim_lightning.distributed import gather_rows
+from adadim_lightning.functional.information import matrix_mutual_information
+from adadim_lightning.functional.spectrum import (
+    Spectrum,
+    _effective_rank_of_entropy,
+    _spectral_entropy_of_eigenvalues,
+)
+from adadim_lightning.guard import FiniteGuard, NonFiniteError
+from adadim_lightning.metrics.window import RecentRows
+from adadim_lightning.tap import Tap
+
+MOST_SNAPSHOTS = 256
+
+
+def rank_of_eigenvalues(eigenvalues: Tensor, spectrum: Spectrum) -> float:
+    """Effective rank of squared singular values."""
+    entropy = _spectral_entropy_of_eigenvalues(eigenvalues, spectrum)
+    return float(_effective_rank_of_entropy(entropy, len(eigenvalues)))
+
+
+@dataclass
+class MeasuringPlan:
+    """Which steps to measure: those right before a reading that together fill the window.
+
+    Args:
+        window: number of rows wanted.
+        every_n_steps: a reading after every so many steps; None means none within an epoch.
+        epoch_end: a reading at the end of each epoch.
+    """
+
+    window: int
+    every_n_steps: int | None
+    epoch_end: bool
+
+    def reads_after(self, step: int) -> bool:
+        """Whether a reading follows this step (counted from 0) within the epoch."""
+        return self.every_n_steps is not None and (step + 1) % self.every_n_steps == 0
+
+    def measures(self, step: int, left_in_epoch: float, rows_per_step: int) -> bool:
+        """Whether to measure this step, of which ``left_in_epoch`` more follow in the epoch."""
+        distance = left_in_epoch if self.epoch_end else math.inf
+        if self.every_n_steps is not None:
+            distance = min(distance, -(step + 1) % self.every_n_steps)
+        return distance * rows_per_step < self.window
+
+
+class DimensionMonitor(Callback):
+    r"""Measures R and Z while the model trains, from its own forward pass, without labels or validation.
+
+    Beside an :class:`~adadim_lightning.AdaDim` on the same submodules, which measures too, it stays silent.
+    Logged at the end of each epoch, in nats where they are logarithms: ``dynamics/H_R`` and ``dynamics/ER_R``,
+    entropy and effective rank of the representation; ``dynamics/ER_Z``, that of the embedding;
+    ``dynamics/I_RZ``, mean over the epoch's measured steps of the order-2 mutual information of the batch's
+    rows (all views); ``dynamics/log_n``, the logarithm of their number, which bounds it. Effective ranks are
+    those of the last ``window`` rows of all views. Values are equal on every process.
+
+    Args:
+        representation: dotted name of the submodule that puts out R, shape ``(N, d_R)``.
+        embedding: dotted name of the submodule that puts out Z, shape ``(N, d_Z)``.
+        every_n_steps: longest time between readings; the end of an epoch is always one.
+        window: rows behind a reading; the steps right before it are measured until they are that many.
+        spectrum: of the effective ranks: singular values, or their squares.
+        center: subtract the mean of the rows first.
+        name: prefix of the log names and of the state in the checkpoint, for several monitors on one model.
+
+    Raises:
+        ValueError: a submodule does not exist or puts out something else than ``(N, d)``.
+        NonFiniteError: R or Z holds a NaN or infinity.
+
+    Example:
+        >>> monitor = DimensionMonitor("backbone", "head", every_n_steps=100)
+    """
+
+    steers = False
+
+    def __init__(
+        self,
+        representation: str = "backbone",
+        embedding: str = "projection_head",
+        *,
+        every_n_steps: int = 50,
+        window: int = 4096,
+        spectrum: Spectrum = "singular",
+        center: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if every_n_steps < 1 or window < 1:
+            raise ValueError(f"every_n_steps and window must be >= 1, got {every_n_steps} and {window}")
+        self.representation = representation
+        self.embedding = embedding
+        self.spectrum: Spectrum = spectrum
+        self.center = center
+        self.name = name
+        self.plan = MeasuringPlan(window, every_n_steps, epoch_end=True)
+        self.recent_r = RecentRows(window, center=center)
+        self.recent_z = RecentRows(window, center=center)
+        self.spectra: list[tuple[int, Tensor, Tensor]] = []
+        self._step = 0
+        self._rows_per_step = 1
+        self._left = math.inf
+        self._measuring = False
+        self._silent = False
+        self._information: list[Tensor] = []
+        self._log_n = 0.0
+        self._keep_every = 1
+        self._tap_r: Tap | None = None
+        self._tap_z: Tap | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in the checkpoint."""
+        return f"{type(self).__qualname__}{{{self.name or ''}}}"
+
+    def _identity(self) -> tuple[str | None, ...]:
+        return self.representation, self.embedding, self.name
+
+    def _key(self, key: str) -> str:
+        return f"{self.name}/{key}" if self.name else key
+
+    # Taps come and go with the fit, whatever ends it.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the taps."""
+        self._silent = not self.steers and any(
+            isinstance(other, DimensionMonitor) and other.steers and other._identity() == self._identity()
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+        )
+        self._tap_r = Tap.open(pl_module, self.representation, self)
+        self._tap_z = Tap.open(pl_module, self.embedding, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the taps."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the taps."""
+        self._close()
+
+    def _close(self) -> None:
+        for tap in (self._tap_r, self._tap_z):
+            if tap is not None:
+                tap.close(self)
+        self._tap_r = self._tap_z = None
+
+    # One training step.
+
+    def _plans(self) -> list[MeasuringPlan]:
+        return [self.plan]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for R and Z if this step is one to measure."""
+        self._left = trainer.num_training_batches - 1 - batch_idx
+        self._measuring = any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans())
+        for tap in (self._tap_r, self._tap_z):
+            assert tap is not None
+            tap.record(self, self._measuring)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in R and Z of a measured step."""
+        if self._measuring:
+            assert self._tap_r is not None
+            assert self._tap_z is not None
+            guard = getattr(pl_module, "guard", None)
+            if isinstance(guard, FiniteGuard):
+                guard.check()
+            r_views, z_views = self._tap_r.read(), self._tap_z.read()
+            if not all(bool(torch.isfinite(x).all()) for x in (*r_views, *z_views)):
+                raise NonFiniteError(self._step)
+            self._measure(r_views, z_views)
+        self._step += 1
+
+    @torch.no_grad()
+    def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
+        r, z = torch.cat(r_views), torch.cat(z_views)
+        if len(r) != len(z):
+            raise ValueError(
+                f"{self.representation!r} put out {len(r)} rows in this step but {self.embedding!r} {len(z)}: "
+                "they must see the same views"
+            )
+        self._rows_per_step = len(r)
+        self.recent_r.update(r)
+        self.recent_z.update(z)
+        r, z = gather_rows(r.float(), z.float())
+        self._information.append(matrix_mutual_information(r, z))
+        self._log_n = math.log(len(r))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the epoch's mean."""
+        self._information = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured in this epoch."""
+        if self._silent:
+            return
+        eigenvalues_r = self.recent_r.read()[0]
+        eigenvalues_z = self.recent_z.read()[0]
+        er_r = rank_of_eigenvalues(eigenvalues_r, self.spectrum)
+        values = {
+            "dynamics/H_R": math.log(er_r),
+            "dynamics/ER_R": er_r,
+            "dynamics/ER_Z": rank_of_eigenvalues(eigenvalues_z, self.spectrum),
+            "dynamics/I_RZ": float(torch.stack(self._information).mean()),
+            "dynamics/log_n": self._log_n,
+        }
+        self._log(pl_module, values)
+        self._keep_spectra(trainer.current_epoch, eigenvalues_r, eigenvalues_z)
+
+    def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+        pl_module.log_dict(
+            {self._key(key): value for key, value in values.items()}, on_step=False, on_epoch=True, batch_size=1
+        )
+
+    def _keep_spectra(self, epoch: int, *eigenvalues: Tensor) -> None:
+        """Keep the spectra of this epoch; of a long run, of every second, fourth ... epoch."""
+        if epoch % self._keep_every == 0:
+            r, z = (x.to("cpu", torch.float32) for x in eigenvalues)
+            self.spectra.append((epoch, r, z))
+        if len(self.spectra) > MOST_SNAPSHOTS:
+            self._keep_every *= 2
+            self.spectra = [snapshot for snapshot in self.spectra if snapshot[0] % self._keep_every == 0]
+
+    # Checkpoint.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, recent rows and spectra."""
+        return {
+            "step": self._step,
+            "recent_r": self.recent_r.state_dict(),
+            "recent_z": self.recent_z.state_dict(),
+            "spectra": self.spectra,
+            "keep_every": self._keep_every,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._step = state_dict["step"]
+        self.recent_r.load_state_dict(state_dict["recent_r"])
+        self.recent_z.load_state_dict(state_dict["recent_z"])
+        self.spectra = state_dict["spectra"]
+        self._keep_every = state_dict["keep_every"]

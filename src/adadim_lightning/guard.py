@@ -1,0 +1,48 @@
+"""Stops a run at the first NaN or infinity, without a device sync on every step."""
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """R, Z, the loss or the gradients hold a NaN or an infinity."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"a NaN or infinity appeared in R, Z or the loss at step {step}; the last checkpoint is from "
+            "before it: lower the learning rate or set trainer.gradient_clip_val"
+        )
+        self.step = step
+
+
+class FiniteGuard(nn.Module):
+    """Remembers, on the device, the first step whose loss was not finite.
+
+    The loss reads every entry of R and Z, so a NaN or infinity in either reaches it.
+    """
+
+    first_bad_step: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
+
+    @property
+    def tripped(self) -> Tensor:
+        """Whether a bad step was seen: a boolean on the device."""
+        return self.first_bad_step >= 0
+
+    def watch(self, loss: Tensor, step: int) -> None:
+        """Note the step if the loss is not finite and none was noted before; forces no device sync."""
+        bad = ~torch.isfinite(loss.detach()) & ~self.tripped
+        self.first_bad_step.masked_fill_(bad, step)
+
+    def check(self) -> None:
+        """Read the flag.
+
+        Raises:
+            NonFiniteError: a step was noted; it names the step.
+        """
+        step = int(self.first_bad_step)
+        if step >= 0:
+            raise NonFiniteError(step)

@@ -1,0 +1,111 @@
+"""What the metrics share: plotting, float64 states, and a random sample of rows that is the same everywhere."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from adadim_lightning.functional._numeric import check_matrix, float64_device, full_precision
+
+
+class BaseMetric(Metric):
+    """A scalar torchmetrics metric whose float64 states stay on the CPU where the device has no float64."""
+
+    is_differentiable: bool | None = False
+    higher_is_better: bool | None = None
+    # `forward` may not merge batch states by itself: samples and moments are not plain sums.
+    full_state_update: bool | None = True
+
+    float64_states: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[..., Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        module: nn.Module = super()._apply(fn, exclude_state=(*exclude_state, *self.float64_states))
+        device = float64_device(self.device)
+        for name in self.float64_states:
+            state: Tensor = getattr(self, name)
+            default = self._defaults[name]
+            assert isinstance(default, Tensor)
+            setattr(self, name, state.to(device))
+            self._defaults[name] = default.to(device)
+        return module
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several; see ``torchmetrics.Metric.plot``.
+
+        Args:
+            val: results of ``forward`` or ``compute``; by default this metric is computed and plotted.
+            ax: matplotlib axis to draw on.
+
+        Returns:
+            Figure and axis.
+        """
+        return self._plot(val, ax)
+
+
+class RowSampleMetric(BaseMetric):
+    """Keeps a uniform random sample of the rows it has seen, at most ``max_rows``.
+
+    Every row draws a random key and the smallest keys stay. So the sample of several processes is the sample of
+    their union, equal on all of them, and complete while the rows together do not exceed ``max_rows``.
+
+    Args:
+        max_rows: size of the sample.
+        seed: of the keys.
+        kwargs: see ``torchmetrics.Metric``.
+    """
+
+    rows: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
+    seen: Tensor
+
+    def __init__(self, *, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if max_rows < 2:
+            raise ValueError(f"max_rows must be >= 2, got {max_rows}")
+        self.max_rows = max_rows
+        self.seed = seed
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("keys", default=[], dist_reduce_fx="cat")
+        self.add_state("seen", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def _sample(self, rows: Tensor) -> None:
+        """Add rows to the sample."""
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        generator = torch.Generator().manual_seed(hash((self.seed, rank, int(self.seen))) % 2**63)
+        keys = torch.rand(len(rows), generator=generator, dtype=torch.float32).to(rows.device)
+        self.seen += len(rows)
+        self._extend([full_precision(rows.detach())], [keys])
+
+    def _extend(self, rows: Sequence[Tensor] | Tensor, keys: Sequence[Tensor] | Tensor) -> None:
+        """Add rows with their keys, and drop those with the largest keys if there are too many."""
+        self.rows, self.keys = [*self.rows, *rows], [*self.keys, *keys]
+        if sum(map(len, self.keys)) > self.max_rows:
+            kept_rows, kept_keys = self._smallest_keys()
+            self.rows, self.keys = [kept_rows], [kept_keys]
+
+    def _smallest_keys(self) -> tuple[Tensor, Tensor]:
+        if len(self.keys) == 0:
+            raise ValueError(f"{type(self).__name__}.compute() needs at least one update() before it")
+        rows, keys = dim_zero_cat(self.rows), dim_zero_cat(self.keys)
+        if len(keys) > self.max_rows:
+            keep = keys.topk(self.max_rows, largest=False).indices
+            rows, keys = rows[keep], keys[keep]
+        return rows, keys
+
+    def sample(self) -> Tensor:
+        """The sampled rows, shape ``(n, d)`` with ``n <= max_rows``.
+
+        Raises:
+            ValueError: there was no update yet.
+        """
+        return self._smallest_keys()[0]
+
+
+def check_width(x: Tensor, width: int, name: str = "x") -> None:
+    """Raise ValueError unless ``x`` is a finite ``(N, width)`` matrix."""
+    check_matrix(x, name)
+    if x.shape[1] != width:
+        raise ValueError(f"{name} has {x.shape[1]} columns, but earlier updates had {width}")

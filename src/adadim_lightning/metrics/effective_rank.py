@@ -1,0 +1,224 @@
+"""Streaming effective rank."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from adadim_lightning.functional._numeric import check_matrix, float64_device, to_float64
+from adadim_lightning.functional.spectrum import (
+    Spectrum,
+    _effective_rank_of_entropy,
+    _eigenvalues,
+    _spectral_entropy_of_eigenvalues,
+    eigenvalue_spectrum,
+)
+from adadim_lightning.metrics._base import RowSampleMetric, check_width
+
+
+class EffectiveRank(RowSampleMetric):
+    r"""Effective rank of all rows seen, in O(d^2) memory whatever their number.
+
+    .. math:: \exp\Big(-\sum_k p_k \ln p_k\Big), \qquad p_k = \sigma_k / \sum_j \sigma_j
+
+    with :math:`\sigma` the singular values of all rows stacked, over all processes. Fewer rows than dimensions
+    are kept as they are; from d rows on they are folded into their mean and scatter matrix in float64, merged
+    by Chan's update, so that the result equals one pass over all rows. For d above ``max_dim`` a random sample
+    of ``max_rows`` rows takes the place of the moments.
+
+    As input: ``x``, shape ``(N, d)``, any floating dtype. As output: scalar in ``[1, min(N, d)]``.
+
+    Args:
+        spectrum: normalize the singular values, or their squares (the covariance spectrum).
+        center: subtract the mean first; a constant input then has rank 1.
+        max_dim: widest input for which a d x d matrix is kept.
+        max_rows: size of the random sample for wider input.
+        seed: of that sample.
+        kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: unknown ``spectrum``; an update that is not two-dimensional, is empty, holds a NaN or
+            infinity, or changes the number of dimensions; computed before any update.
+
+    Source: Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Example:
+        >>> metric = EffectiveRank()
+        >>> for row in torch.eye(4):
+        ...     metric.update(row[None])
+        >>> metric.compute()
+        tensor(4.)
+    """
+
+    higher_is_better = True
+    float64_states = ("count", "mean", "scatter")
+    plot_lower_bound = 1.0
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    def __init__(
+        self,
+        *,
+        spectrum: Spectrum = "singular",
+        center: bool = False,
+        max_dim: int = 4096,
+        max_rows: int = 4096,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_rows=max_rows, seed=seed, **kwargs)
+        if spectrum not in ("singular", "eigen"):
+            raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
+        self.spectrum: Spectrum = spectrum
+        self.center = center
+        self.max_dim = max_dim
+        # Moments of the rows that were folded; the scatter is about their mean. Scatters add over processes, but
+        # the means stay apart: the scatter of the union needs each of them.
+        self.add_state("count", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx=None)
+        self.add_state("mean", default=torch.zeros(0, dtype=torch.float64), dist_reduce_fx=None)
+        self.add_state("scatter", default=torch.zeros(0, 0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def dim(self) -> int | None:
+        """Number of dimensions d of the rows seen; None before the first update."""
+        return self.scatter.shape[0] or (self.rows[0].shape[-1] if len(self.rows) else None)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows seen by this process."""
+        return int(self.seen)
+
+    def update(self, x: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            x: vectors, shape ``(N, d)``.
+        """
+        if self.dim is None:
+            check_matrix(x)
+            self._allocate(x.shape[1], x.device)
+        else:
+            check_width(x, self.dim)
+        if x.shape[1] > self.max_dim:
+            self._sample(x)
+            return
+        self.seen += len(x)
+        self._keep(x.detach())
+
+    def _allocate(self, dim: int, device: torch.device) -> None:
+        if dim <= self.max_dim:
+            device = float64_device(device)
+            self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+            self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def _keep(self, x: Tensor) -> None:
+        """Keep rows as they are until there are as many as dimensions: then their moments are smaller."""
+        assert isinstance(self.rows, list)
+        self.rows.append(x)
+        if sum(map(len, self.rows)) >= x.shape[1]:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Move the kept rows into the moments."""
+        if len(self.rows):
+            x = to_float64(dim_zero_cat(self.rows))
+            self.rows = []
+            mean = x.mean(dim=0)
+            x = x - mean
+            self._merge(x.new_tensor(float(len(x))), mean, x.T @ x)
+
+    def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+        """Chan's update: the moments of the union of two sets of rows."""
+        total = self.count + count
+        shift = mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add all rows that another effective rank metric has seen.
+
+        Args:
+            incoming_state: that metric; it stays as it is.
+
+        Raises:
+            ValueError: it is no ``EffectiveRank``, or has another number of dimensions.
+        """
+        other = incoming_state
+        if not isinstance(other, EffectiveRank):
+            raise ValueError(f"only an EffectiveRank can be merged, got {type(other).__name__}")
+        if other.dim is None:
+            return
+        if self.dim is None:
+            self._allocate(other.dim, other.rows[0].device if len(other.rows) else other.scatter.device)
+        elif self.dim != other.dim:
+            raise ValueError(f"cannot merge rows of {other.dim} dimensions with rows of {self.dim}")
+        self._update_count += other._update_count
+        self._computed = None
+        self.seen += other.seen
+        if other.dim > self.max_dim:
+            self._extend(other.rows, other.keys)
+            return
+        if other.count > 0:
+            self._merge(other.count, other.mean, other.scatter)
+        for rows in other.rows:
+            self._keep(rows)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # Processes may hold different numbers of rows; folded, their states have the same shape.
+        if self.scatter.numel():
+            self._fold()
+        super()._sync_dist(*args, **kwargs)
+
+    def eigenvalues(self) -> Tensor:
+        """Squared singular values of all rows of all processes (of the centered rows, with ``center``).
+
+        Returns:
+            Shape ``(d,)``, or ``(N,)`` for fewer rows than dimensions; float64, descending, none negative.
+
+        Raises:
+            ValueError: there was no update yet.
+        """
+        return self.spectrum_and_rows()[0]
+
+    def spectrum_and_rows(self) -> tuple[Tensor, int]:
+        """:meth:`eigenvalues`, and the number of rows of all processes behind them.
+
+        Raises:
+            ValueError: there was no update yet.
+        """
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            rows = self.num_rows if self.scatter.numel() else min(self.num_rows, self.max_rows)
+            return self._spectrum(), rows
+
+    def _spectrum(self) -> Tensor:
+        if self.dim is None:
+            raise ValueError("EffectiveRank needs at least one update() before its spectrum is computed")
+        if not self.scatter.numel():
+            return eigenvalue_spectrum(self.sample(), center=self.center)
+        count, mean, scatter = self.count, self.mean, self.scatter
+        if count.ndim == 0:
+            if count == 0:
+                return eigenvalue_spectrum(dim_zero_cat(self.rows), center=self.center)
+            self._fold()
+            count, mean, scatter = self.count, self.mean, self.scatter
+        count, mean = count.reshape(-1, 1), mean.reshape(-1, len(scatter))
+        grand_mean = (count * mean).sum(dim=0) / count.sum()
+        shift = mean - grand_mean
+        scatter = scatter + (count * shift).T @ shift
+        mean_square = count.sum() * grand_mean.square().sum()
+        trace = scatter.trace() + mean_square
+        if not self.center:
+            scatter = scatter + count.sum() * torch.outer(grand_mean, grand_mean)
+        size = max(int(count.sum()), len(scatter))
+        return _eigenvalues(scatter, trace, size)[: int(count.sum())]
+
+    def compute(self) -> Tensor:
+        """Effective rank of all rows seen."""
+        eigenvalues = self._spectrum()
+        entropy = _spectral_entropy_of_eigenvalues(eigenvalues, self.spectrum)
+        return _effective_rank_of_entropy(entropy, len(eigenvalues)).to(self.device, torch.float32)

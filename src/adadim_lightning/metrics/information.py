@@ -1,0 +1,122 @@
+"""Matrix-based entropy and mutual information over a sample of the rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadim_lightning.functional._numeric import check_matrix
+from adadim_lightning.functional.information import _check_order, matrix_entropy, matrix_mutual_information
+from adadim_lightning.metrics._base import RowSampleMetric, check_width
+
+
+class MatrixEntropy(RowSampleMetric):
+    r"""Matrix-based Renyi entropy of a uniform sample of the rows seen, in nats.
+
+    .. math:: S_q(A) = \frac{1}{1-q} \ln \operatorname{tr} A^q, \qquad A = K / \operatorname{tr} K
+
+    with K the cosine Gram matrix of at most ``max_rows`` rows, the same rows on every process. The value is
+    bounded by the logarithm of their number: compare at equal numbers only.
+
+    As input: ``x``, shape ``(N, d)``, any floating dtype. As output: scalar in ``[0, ln n]``.
+
+    Args:
+        order: Renyi order q > 0; 1 is the von Neumann entropy.
+        max_rows: size of the sample; an update costs O(max_rows d), the result O(max_rows^2 d).
+        seed: of the sample.
+        kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``order`` <= 0; an update that is not two-dimensional, is empty, holds a NaN or infinity, or
+            changes the number of dimensions; computed before any update.
+
+    Source: Giraldo, Rao, Principe, IEEE Trans. Information Theory 2015.
+
+    Example:
+        >>> metric = MatrixEntropy()
+        >>> metric.update(torch.eye(4))
+        >>> metric.compute()
+        tensor(1.3863)
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+
+    def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(max_rows=max_rows, seed=seed, **kwargs)
+        _check_order(order)
+        self.order = order
+
+    def update(self, x: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            x: vectors, shape ``(N, d)``.
+        """
+        check_width(x, self.rows[0].shape[1]) if len(self.rows) else check_matrix(x)
+        self._sample(x)
+
+    def compute(self) -> Tensor:
+        """Entropy of the sampled rows, in nats."""
+        return matrix_entropy(self.sample(), order=self.order)
+
+
+class MatrixMutualInformation(RowSampleMetric):
+    r"""Matrix-based Renyi mutual information I(R;Z) of a uniform sample of the rows seen, in nats.
+
+    .. math:: I_q(R; Z) = S_q(A_R) + S_q(A_Z) - S_q(A_{R,Z})
+
+    over at most ``max_rows`` rows, the same rows on every process. It depends on their number n: compare at
+    equal n only. It may be negative for orders other than 1, and is not clamped.
+
+    As input: ``r``, shape ``(N, d_R)``, and ``z``, shape ``(N, d_Z)``, any floating dtype. As output: scalar of
+    at most ``ln n``.
+
+    Args:
+        order: Renyi order q > 0.
+        max_rows: size of the sample; an update costs O(max_rows d), the result O(max_rows^2 d).
+        seed: of the sample.
+        kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``order`` <= 0; an update whose inputs are not two-dimensional, are empty, hold a NaN or
+            infinity, differ in their number of rows or change their number of dimensions; computed before any
+            update.
+
+    Source: Giraldo, Rao, Principe, IEEE Trans. Information Theory 2015.
+
+    Example:
+        >>> metric = MatrixMutualInformation()
+        >>> metric.update(torch.eye(4), torch.eye(4))
+        >>> metric.compute()
+        tensor(1.3863)
+    """
+
+    def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(max_rows=max_rows, seed=seed, **kwargs)
+        _check_order(order)
+        self.order = order
+        self._widths: tuple[int, int] = (0, 0)
+
+    def update(self, r: Tensor, z: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            r: representations, shape ``(N, d_R)``.
+            z: embeddings of the same images, shape ``(N, d_Z)``.
+        """
+        if len(self.rows):
+            check_width(r, self._widths[0], "r")
+            check_width(z, self._widths[1], "z")
+        else:
+            check_matrix(r, "r")
+            check_matrix(z, "z")
+            self._widths = (r.shape[1], z.shape[1])
+        if len(r) != len(z):
+            raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
+        self._sample(torch.cat([r, z], dim=1))
+
+    def compute(self) -> Tensor:
+        """Mutual information of the sampled rows, in nats."""
+        r, z = torch.split(self.sample(), list(self._widths), dim=1)
+        return matrix_mutual_information(r, z, order=self.order)

@@ -1,0 +1,94 @@
+"""Accuracy of the weighted nearest-neighbor vote."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadim_lightning.functional.neighbors import knn_predict
+from adadim_lightning.metrics._base import BaseMetric
+
+
+class KNNAccuracy(BaseMetric):
+    r"""Top-1 accuracy of a vote among nearest neighbors, each weighted :math:`\exp(\cos / \tau)`.
+
+    The neighbors come from a bank of labeled vectors, set with :meth:`set_bank` (the whole bank on every
+    process); the rows to classify are streamed.
+
+    As input: ``x``, shape ``(N, d)``, any floating dtype, and ``target``, shape ``(N,)``, integers. As output:
+    scalar in ``[0, 1]``.
+
+    Args:
+        k: number of neighbors.
+        temperature: :math:`\tau` > 0; a large one makes the vote plain.
+        chunk_size: rows compared with the bank at a time.
+        kwargs: see ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: an update before :meth:`set_bank`, shapes that do not match, or vectors that hold a NaN or
+            infinity.
+
+    Source: Wu et al., CVPR 2018.
+
+    Example:
+        >>> metric = KNNAccuracy(k=1)
+        >>> metric.set_bank(torch.eye(2), torch.tensor([3, 5]))
+        >>> metric.update(torch.tensor([[1.0, 0.1], [0.9, 0.0]]), torch.tensor([3, 5]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    bank: Tensor | None
+    bank_labels: Tensor | None
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, *, k: int = 20, temperature: float = 0.07, chunk_size: int = 1024, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.register_buffer("bank", None, persistent=False)
+        self.register_buffer("bank_labels", None, persistent=False)
+        self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def set_bank(self, x: Tensor, target: Tensor) -> None:
+        """Give the labeled vectors among which neighbors are sought; ``reset`` keeps them.
+
+        Args:
+            x: vectors, shape ``(M, d)``.
+            target: their classes, shape ``(M,)``.
+        """
+        self.bank, self.bank_labels = x.detach(), target.detach()
+
+    def update(self, x: Tensor, target: Tensor) -> None:
+        """Classify rows and count the hits.
+
+        Args:
+            x: vectors, shape ``(N, d)``.
+            target: their classes, shape ``(N,)``.
+        """
+        if self.bank is None or self.bank_labels is None:
+            raise ValueError("KNNAccuracy has no labeled vectors to compare with; call set_bank(x, target) first")
+        if target.shape != x.shape[:1]:
+            raise ValueError(f"x {tuple(x.shape)} and target {tuple(target.shape)} do not fit together")
+        predicted = knn_predict(
+            x.detach(),
+            self.bank,
+            self.bank_labels,
+            k=self.k,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+        )
+        self.correct += (predicted == target).sum()
+        self.total += len(target)
+
+    def compute(self) -> Tensor:
+        """Share of the rows that were classified right."""
+        return self.correct.float() / self.total

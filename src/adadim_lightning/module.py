@@ -1,0 +1,150 @@
+"""The LightningModule: a backbone, a projection head and the AdaDim objective."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adadim_lightning.guard import FiniteGuard
+from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+
+
+class AdaDimModule(LightningModule):
+    """Trains a backbone by two views of each image.
+
+    Both views go through the backbone in one call, below each other. A training batch is ``((view1, view2),
+    labels)``, each view of shape ``(N, C, H, W)``; a validation batch is ``(images, labels)``. Labels are left
+    to callbacks. The submodules to tap are ``backbone`` and ``projection_head``.
+
+    At the first NaN or infinity the weights freeze, no checkpoint is written any more, and the run stops with
+    a :class:`~adadim_lightning.guard.NonFiniteError`: at once on a CPU, at the next step that logs or measures
+    on other devices, which are not made to wait for every step.
+
+    Args:
+        backbone: images ``(B, C, H, W)`` to representations R ``(B, d_R)``.
+        projection_head: representations to embeddings Z ``(B, d_Z)``.
+        objective: the loss; AdaDim's by default.
+        optimizer: takes parameter groups; AdamW by default. Biases and norms are in a group without weight
+            decay.
+        lr_schedule: takes the optimizer and the number of steps, and is stepped after each; none by default.
+
+    Example:
+        >>> module = AdaDimModule(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+        >>> module(torch.zeros(2, 3, 2, 2)).shape
+        torch.Size([2, 12])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projection_head: nn.Module,
+        objective: AdaDimLoss | None = None,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_schedule: ScheduleFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = projection_head
+        self.objective = objective if objective is not None else AdaDimLoss()
+        self.guard = FiniteGuard()
+        self._optimizer = optimizer
+        self._lr_schedule = lr_schedule
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Representation R of images.
+
+        Args:
+            images: shape ``(B, C, H, W)``, normalized as in training.
+
+        Returns:
+            Shape ``(B, d_R)``.
+        """
+        representation: Tensor = self.backbone(images)
+        return representation
+
+    def training_step(self, batch: tuple[tuple[Tensor, Tensor], Any], batch_idx: int) -> Tensor:
+        """Loss of one batch; logs its parts."""
+        (view1, view2), _ = batch
+        if view1.shape != view2.shape:
+            raise ValueError(
+                f"both views must have the same shape, got {tuple(view1.shape)} and {tuple(view2.shape)}"
+            )
+        r1, r2 = self(torch.cat([view1, view2])).chunk(2)
+        z1, z2 = self.projection_head(torch.cat([r1, r2])).chunk(2)
+        output: ObjectiveOutput = self.objective(r1, r2, z1, z2)
+        total, parts, weighted = output
+        self.guard.watch(total, self.global_step)
+        if total.device.type == "cpu":
+            self.guard.check()
+        values = {"loss/total": total.detach()}
+        values |= {f"loss/{name}": value for name, value in parts.items()}
+        values |= {f"loss_weighted/{name}": value for name, value in weighted.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(view1))
+        return total
+
+    def validation_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:
+        """Compute R, for the callbacks that read it."""
+        self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over backbone and head, and its schedule."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self._optimizer([group for group in groups if group["params"]])
+        if self._lr_schedule is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "the learning-rate schedule needs the length of the training: "
+                "set trainer.max_epochs or trainer.max_steps"
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_schedule(optimizer, int(steps)), "interval": "step"},
+        }
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step the optimizer, but leave the weights alone from the first non-finite loss on."""
+        if self.device.type == "cpu":
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            self._step_unless_tripped(
+                lambda: super(AdaDimModule, self).optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            )
+
+    @torch.no_grad()
+    def _step_unless_tripped(self, step: Callable[[], None]) -> None:
+        """Take a step and undo it where the guard has tripped, all on the device: nothing waits for the flag."""
+        weights = [p for p in self.parameters() if p.requires_grad]
+        before = [p.clone() for p in weights]
+        with torch.enable_grad():
+            step()
+        for p, old in zip(weights, before, strict=True):
+            torch.where(self.guard.tripped, old, p, out=p)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the guard when the trainer logs."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.guard.check()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to write a checkpoint that is not good."""
+        self.guard.check()

@@ -1,0 +1,193 @@
+"""The AdaDim objective: decorrelation, uniformity and information, mixed by alpha and beta."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adadim_lightning.distributed import gather_rows
+from adadim_lightning.functional._numeric import check_views, full_precision, no_autocast
+from adadim_lightning.functional.contrastive import _check_temperature, _nt_xent_of_gram
+from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
+from adadim_lightning.functional.information import _check_order, _renyi_information, cosine_gram
+
+
+class ObjectiveOutput(NamedTuple):
+    """What :class:`AdaDimLoss` returns.
+
+    Attributes:
+        total: differentiable scalar to minimize.
+        parts: unweighted parts, detached: ``decorrelation`` and its ``invariance``, ``variance`` and
+            ``covariance``, ``uniformity``, ``information`` (nats).
+        weighted: what ``decorrelation``, ``uniformity`` and ``information`` contribute to the total, detached.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+
+
+class AdaDimLoss(nn.Module):
+    r"""Feature decorrelation and sample uniformity in the proportion alpha, and an information regularizer.
+
+    .. math::
+        L = (1 - \alpha)\, L_\text{VICReg}(Z_1, Z_2) + \alpha \kappa\, L_\text{NT-Xent}(Z_1, Z_2)
+            + \beta\, I_q(R; Z), \qquad \beta = \gamma\, \phi
+
+    with phase :math:`\phi = \alpha` unless :meth:`set_balance` says otherwise. With alpha 1 and gamma 0 this is
+    SimCLR, with alpha 0 and gamma 0 it is VICReg. The cosine Gram matrix of Z serves both NT-Xent and the
+    information. Across processes every part is computed on the global batch.
+
+    Args:
+        alpha: share of uniformity to begin with, in ``[0, 1]``.
+        gamma: scale of the information regularizer; positive minimizes I(R;Z), negative maximizes it.
+        kappa: factor on NT-Xent that brings both losses to comparable size; ``"match"`` keeps the norms of
+            their gradients at Z equal, by a running estimate.
+        temperature: of NT-Xent, > 0.
+        order: Renyi order q of the information; any but 2 costs three eigen-decompositions a step.
+        invariance_weight: VICReg's lambda.
+        variance_weight: VICReg's mu.
+        covariance_weight: VICReg's nu.
+        eps: keeps VICReg's square root differentiable.
+        halve_variance: average VICReg's variance part over the views, as its authors' code does, instead of
+            summing it, as its paper does.
+        invariance_reduction: over dimensions; ``"mean"`` as in VICReg's code or ``"sum"`` as in its paper.
+
+    Raises:
+        ValueError: alpha outside ``[0, 1]``, temperature or order <= 0, gamma or kappa not finite.
+
+    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
+    paper's form; ``"match"`` is ours.
+
+    Example:
+        >>> loss = AdaDimLoss(alpha=0.5)
+        >>> r, z = torch.randn(4, 8, 16), torch.randn(4, 8, 32)
+        >>> sorted(loss(r[0], r[1], z[0], z[1]).weighted)
+        ['decorrelation', 'information', 'uniformity']
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    kappa: Tensor
+    gradient_norms: Tensor
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.0,
+        gamma: float = 0.1,
+        kappa: float | Literal["match"] = 1.0,
+        temperature: float = 0.2,
+        order: float = 2.0,
+        invariance_weight: float = 25.0,
+        variance_weight: float = 25.0,
+        covariance_weight: float = 1.0,
+        eps: float = 1e-4,
+        halve_variance: bool = False,
+        invariance_reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        _check_order(order)
+        if not math.isfinite(gamma):
+            raise ValueError(f"gamma must be finite, got {gamma}")
+        self.match_gradients = kappa == "match"
+        if kappa != "match" and not (isinstance(kappa, int | float) and 0 < kappa < math.inf):
+            raise ValueError(f'kappa must be a finite number > 0 or "match", got {kappa!r}')
+        self.gamma = gamma
+        self.temperature = temperature
+        self.order = order
+        self.weights = (invariance_weight, variance_weight, covariance_weight)
+        self.eps = eps
+        self.halve_variance = halve_variance
+        self.invariance_reduction: Reduction = invariance_reduction
+        self.register_buffer("alpha", torch.tensor(0.0))
+        self.register_buffer("beta", torch.tensor(0.0))
+        self.register_buffer("kappa", torch.tensor(1.0 if kappa == "match" else float(kappa)))
+        # Running norms at Z of the gradients of decorrelation and uniformity, for kappa="match".
+        self.register_buffer("gradient_norms", torch.zeros(2))
+        self.set_balance(alpha)
+
+    def set_balance(self, alpha: float, phase: float | None = None) -> None:
+        """Set alpha, and beta = gamma * phase; forces no device sync.
+
+        Args:
+            alpha: share of uniformity, in ``[0, 1]``.
+            phase: how far the information regularizer is phased in; alpha by default (the paper's coupling).
+
+        Raises:
+            ValueError: alpha is outside ``[0, 1]`` or the phase is not finite.
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        phase = alpha if phase is None else phase
+        if not math.isfinite(phase):
+            raise ValueError(f"the phase of beta must be finite, got {phase}")
+        self.alpha.fill_(alpha)
+        self.beta.fill_(self.gamma * phase)
+
+    def forward(self, r1: Tensor, r2: Tensor, z1: Tensor, z2: Tensor) -> ObjectiveOutput:
+        """Compute the objective of two views of N images.
+
+        Args:
+            r1: representation of the first view, shape ``(N, d_R)``, N >= 2, any floating dtype.
+            r2: that of the second view, the same shape.
+            z1: embedding of the first view, shape ``(N, d_Z)``.
+            z2: that of the second view, the same shape.
+
+        Returns:
+            The total and its named parts, in float32 or wider.
+
+        Raises:
+            ValueError: views that differ in shape, or fewer than 2 images.
+        """
+        check_views(r1, r2, ("r1", "r2"))
+        check_views(z1, z2)
+        if len(r1) != len(z1):
+            raise ValueError(f"R and Z must have the same number of rows, got {len(r1)} and {len(z1)}")
+        with no_autocast(z1):
+            r1, r2, z1, z2 = gather_rows(*(full_precision(x) for x in (r1, r2, z1, z2)))
+            vicreg = _vicreg_parts(
+                z1,
+                z2,
+                eps=self.eps,
+                halve_variance=self.halve_variance,
+                invariance_reduction=self.invariance_reduction,
+            )
+            decorrelation = sum((w * part for w, part in zip(self.weights, vicreg, strict=True)), z1.new_zeros(()))
+            gram_z = cosine_gram(torch.cat([z1, z2]))
+            uniformity = _nt_xent_of_gram(gram_z, self.temperature)
+            information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
+            if self.match_gradients and self.training and z1.requires_grad:
+                self._match_gradients(decorrelation, uniformity, z1, z2)
+            weighted = {
+                "decorrelation": (1 - self.alpha) * decorrelation,
+                "uniformity": self.alpha * self.kappa * uniformity,
+                "information": self.beta * information,
+            }
+            total = weighted["decorrelation"] + weighted["uniformity"] + weighted["information"]
+        parts = {
+            "decorrelation": decorrelation,
+            **vicreg._asdict(),
+            "uniformity": uniformity,
+            "information": information,
+        }
+        return ObjectiveOutput(
+            total,
+            {name: value.detach() for name, value in parts.items()},
+            {name: value.detach() for name, value in weighted.items()},
+        )
+
+    @torch.no_grad()
+    def _match_gradients(self, decorrelation: Tensor, uniformity: Tensor, z1: Tensor, z2: Tensor) -> None:
+        """Move kappa to the ratio of the running gradient norms; their common start-up bias cancels in it."""
+        norms = torch.stack(
+            [
+                torch.cat(torch.autograd.grad(part, (z1, z2), retain_graph=True)).norm()
+                for part in (decorrelation, uniformity)
+            ]
+        )
+        self.gradient_norms.lerp_(norms.to(self.gradient_norms.dtype), 0.1)
+        tiny = torch.finfo(self.gradient_norms.dtype).tiny
+        self.kappa.copy_(self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny))
