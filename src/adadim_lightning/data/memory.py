@@ -46,7 +46,7 @@ class LabeledImages(Dataset[Batch]):
         return self.images[chosen], self.labels[chosen]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

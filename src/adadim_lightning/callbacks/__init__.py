@@ -1,0 +1,17 @@
+"""Lightning callbacks that measure, steer, probe and draw."""
+
+from adadim_lightning.callbacks.adadim import AdaDim
+from adadim_lightning.callbacks.monitor import DimensionMonitor
+from adadim_lightning.callbacks.plots import DynamicsPlot
+from adadim_lightning.callbacks.probes import OnlineKNN, OnlineLinearProbe
+from adadim_lightning.callbacks.progress import Throughput, progress_callback
+
+__all__ = [
+    "AdaDim",
+    "DimensionMonitor",
+    "DynamicsPlot",
+    "OnlineKNN",
+    "OnlineLinearProbe",
+    "Throughput",
+    "progress_callback",
+]

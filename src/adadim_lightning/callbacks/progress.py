@@ -1,0 +1,83 @@
+"""Progress in the terminal, and the rate of training."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from adadim_lightning.distributed import world_size
+
+SHOWN = {
+    "balance/alpha": "alpha",
+    "dynamics/H_R": "H(R)",
+    "dynamics/I_RZ": "I(R;Z)",
+    "throughput/images_per_second": "images/s",
+}
+
+
+def shown_values(trainer: Trainer) -> dict[str, str]:
+    """The epoch's figures under the names that people read."""
+    values = trainer.callback_metrics
+    return {
+        short: f"{float(values[key]):{',.0f' if '/s' in short else '.3f'}}"
+        for key, short in SHOWN.items()
+        if key in values
+    }
+
+
+class Throughput(Callback):
+    """Logs ``throughput/images_per_second``: images (not views) trained on per second, over all processes.
+
+    Validation and what happens between epochs are not counted.
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+        self._images = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images, and stop the clock after the last batch."""
+        views = batch[0]
+        self._images += len(views[0] if isinstance(views, list | tuple) else views)
+        if batch_idx + 1 == trainer.num_training_batches:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            seconds = time.perf_counter() - self._start
+            rate = self._images * world_size() / seconds
+            pl_module.log("throughput/images_per_second", rate, on_step=False, on_epoch=True, batch_size=1)
+
+
+class EpochBar(RichProgressBar):
+    """Rich progress bar with the epoch's alpha, H(R) and I(R;Z)."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The epoch's figures under the names that people read."""
+        return dict(shown_values(trainer))
+
+
+class EpochLines(Callback):
+    """A line of figures for each epoch, for output that is not a terminal; about thirty for the whole run."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
+        if epochs is not None and epochs > 0 and epoch % max(1, round(epochs / 30)) and epoch != epochs:
+            return
+        figures = "  ".join(f"{name} {value}" for name, value in shown_values(trainer).items())
+        of = f"/{epochs}" if epochs is not None and epochs > 0 else ""
+        print(f"epoch {epoch}{of}  {figures}", flush=True)
+
+
+def progress_callback() -> Callback:
+    """A progress bar in a terminal, plain lines elsewhere."""
+    return EpochBar() if sys.stdout.isatty() else EpochLines()

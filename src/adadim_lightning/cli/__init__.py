@@ -1,0 +1,1 @@
+"""Command lines. Hydra lives here and only here."""
