@@ -44,12 +44,12 @@ def draw_dynamics(history: Mapping[str, Array], spectra: Mapping[str, Array]) ->
         ],
     )
     axes[0, 0].set_ylim(-0.02, 1.02)
-    _curves(
+    _twin_curves(
         axes[0, 1],
-        "Dimensionality and information [nats]",
+        "H(R) and I(R;Z)",
         epoch,
         history,
-        [("dynamics/H_R", "H(R) = ln ER(R)", GREEN), ("dynamics/I_RZ", "I(R;Z)", RED)],
+        [("dynamics/H_R", "H(R) = ln ER(R) [nats]", GREEN), ("dynamics/I_RZ", "I(R;Z) [nats]", RED)],
     )
     _curves(
         axes[0, 2],
@@ -74,7 +74,8 @@ def draw_dynamics(history: Mapping[str, Array], spectra: Mapping[str, Array]) ->
 
 
 def _curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], curves: list[Curve]) -> None:
-    axes.set_title(title, loc="left", fontweight="bold")
+    if title:
+        axes.set_title(title, loc="left", fontweight="bold")
     marker = "o" if len(epoch) == 1 else None
     for key, label, color in curves:
         if key in history:
@@ -84,6 +85,19 @@ def _curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], 
     axes.grid(alpha=0.25)
     if axes.has_data():
         axes.legend(frameon=False)
+
+
+def _twin_curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], curves: list[Curve]) -> None:
+    """Two curves, each on a scale of its own, in the color of its axis."""
+    _curves(axes, title, epoch, history, curves[:1])
+    right = axes.twinx()
+    _curves(right, "", epoch, history, curves[1:])
+    right.grid(visible=False)
+    for side, (_, label, color) in zip((axes, right), curves, strict=True):
+        side.set_ylabel(label, color=color)
+        side.tick_params(axis="y", labelcolor=color)
+        if (legend := side.get_legend()) is not None:
+            legend.remove()
 
 
 def _time_scale(axes: Axes, figure: Figure, epoch: Array) -> Normalize:
