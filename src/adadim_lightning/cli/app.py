@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,6 +42,11 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         _set_environment(FULL_ERROR, wanted)
         try:
             return task(config)
+        except Exception as error:
+            # In a sweep the error goes to the sweeper; alone, Hydra would add a line of its own to it.
+            if wanted == "1" or HydraConfig.get().mode != RunMode.RUN:
+                raise
+            _fail(command, error)
         finally:
             os.environ[FULL_ERROR] = "1"
 
@@ -50,10 +57,14 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
     except Exception as error:
         if wanted == "1":
             raise
-        print(f"{command}: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(command, error)
     finally:
         _set_environment(FULL_ERROR, wanted)
+
+
+def _fail(command: str, error: Exception) -> NoReturn:
+    print(f"{command}: error: {one_line(error)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _set_environment(name: str, value: str | None) -> None:

@@ -71,8 +71,7 @@ class InMemoryImages(LightningDataModule):
         super().__init__()
         if not 2 <= batch_size <= len(train):
             raise ValueError(
-                f"data.batch_size must lie between 2 and the number of training images, {len(train)}; "
-                f"got {batch_size}"
+                f"batch_size must lie between 2 and the number of training images, {len(train)}; got {batch_size}"
             )
         self.train = train
         self.test = test

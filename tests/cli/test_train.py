@@ -1,0 +1,270 @@
+"""`adadim-train` from the command line to the run folder, in this process."""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+
+from adadim_lightning.cli.app import config_dir
+from adadim_lightning.cli.train import main
+
+ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1"]
+TIMINGS = {"seconds", "run_id", "throughput/images_per_second", "overrides", "config"}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> int:
+    """Run the command as a shell would; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["adadim-train", *overrides, f"run_dir={folder}"])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def summary(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs that the tests below look at."""
+    folder = tmp_path_factory.mktemp("run") / "of two epochs"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(monkeypatch, folder, "trainer.max_epochs=2", "seed=3", "balance.every_n_steps=5") == 0
+    return folder
+
+
+def test_run_folder_holds_what_the_contract_promises(two_epochs: Path) -> None:
+    config = OmegaConf.load(two_epochs / "config.yaml")
+    assert config.seed == 3
+    assert config.callbacks.adadim.balance.every_n_steps == 5  # resolved
+    assert OmegaConf.load(two_epochs / ".hydra" / "overrides.yaml")[1] == "seed=3"
+    assert {path.name for path in (two_epochs / "checkpoints").iterdir()} == {
+        "epoch=0001-step=000020.ckpt",
+        "last.ckpt",
+    }
+    picture = imread(two_epochs / "dynamics.png")
+    assert picture.shape[0] > 600
+    assert picture.std() > 0.05
+    spectra = np.load(two_epochs / "spectra.npz")
+    assert spectra["R"].shape == (2, 128)
+    assert spectra["Z"].shape == (2, 128)
+    assert list(spectra["epoch"]) == [0, 1]
+
+
+def test_summary_holds_the_last_value_of_every_log_name(two_epochs: Path) -> None:
+    found = summary(two_epochs)
+    assert found["status"] == "ok"
+    assert found["error"] is None
+    assert (found["seed"], found["epochs"], found["optimized_metric"]) == (3, 2, "probe/linear_top1")
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]  # type: ignore[index]
+    with (two_epochs / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = set(rows[0]) - {"epoch", "step"}
+    assert names == {
+        "balance/alpha", "balance/beta",
+        "dynamics/H_R", "dynamics/ER_R", "dynamics/ER_Z", "dynamics/I_RZ", "dynamics/log_n",
+        "loss/total", "loss/decorrelation", "loss/invariance", "loss/variance", "loss/covariance",
+        "loss/uniformity", "loss/information",
+        "loss_weighted/decorrelation", "loss_weighted/uniformity", "loss_weighted/information",
+        "probe/linear_top1", "probe/knn_top1", "throughput/images_per_second",
+    }  # fmt: skip
+    for name in names:
+        assert found[name] == float([row[name] for row in rows if row[name]][-1])
+    # The parts add up to the total, epoch means included.
+    weighted = sum(found[f"loss_weighted/{part}"] for part in ("decorrelation", "uniformity", "information"))  # type: ignore[misc]
+    assert weighted == pytest.approx(found["loss/total"], rel=1e-5)
+    assert found["dynamics/log_n"] == pytest.approx(np.log(256))
+    assert found["dynamics/H_R"] == pytest.approx(np.log(found["dynamics/ER_R"]))
+
+
+def test_alpha_leaves_zero_at_the_first_estimate(two_epochs: Path) -> None:
+    found = summary(two_epochs)
+    assert 0 < found["balance/alpha"] <= 1  # type: ignore[operator]
+    assert found["balance/beta"] == pytest.approx(0.1 * found["balance/alpha"])  # type: ignore[operator]
+
+
+def test_checkpoint_is_read_without_running_code(two_epochs: Path) -> None:
+    checkpoint = torch.load(two_epochs / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 20
+    assert checkpoint["callbacks"]["AdaDim{}"]["balance"]["statistics"]["dim_z"] == 128
+
+
+def test_same_seed_gives_the_same_figures_bit_for_bit(
+    two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("trainer.max_epochs=2", "balance.every_n_steps=5")
+    assert run(monkeypatch, tmp_path / "again", *overrides, "seed=3") == 0
+    assert run(monkeypatch, tmp_path / "other", *overrides, "seed=4") == 0
+    first, again, other = (
+        {key: value for key, value in summary(folder).items() if key not in TIMINGS}
+        for folder in (two_epochs, tmp_path / "again", tmp_path / "other")
+    )
+    assert again == first
+    assert other["loss/total"] != first["loss/total"]
+
+
+def test_closing_report_fits_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, tmp_path / "run", *ONE_STEP) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for word in (
+        "epoch 1/1",
+        "alpha",
+        "ER(Z)",
+        "H(R) [nats]",
+        "I(R;Z) [nats]",
+        "covariance",
+        "images/s",
+        "raw pixels",
+    ):
+        assert any(word in line for line in lines), word
+    assert max(map(len, lines[:-1])) <= 80  # the last names the folder, however long its path
+
+
+def options(*groups: str) -> list[str]:
+    """Every option of the groups, as overrides."""
+    return [
+        f"{group}={path.stem}"
+        for group in groups
+        for path in sorted((config_dir() / group).glob("*.yaml"))
+        if not path.stem.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *options("objective", "balance", "head", "optimizer", "logger", "experiment"),
+        "objective.kappa=match",
+        "objective.order=1",
+        "balance.lag_epochs=1",
+        "~callbacks.knn",
+        "~lr_schedule",
+    ],
+)
+def test_every_option_trains_a_step(override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, tmp_path / "run", override, *ONE_STEP) == 0
+    found = summary(tmp_path / "run")
+    assert found["status"] == "ok"
+    assert np.isfinite(found["loss/total"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "alpha", "beta"),
+    [("objective=simclr", 1.0, 0.0), ("objective=vicreg", 0.0, 0.0), ("objective=adadim_paper", 0.0, 0.0)],
+)
+def test_baselines_are_configurations_of_the_same_objective(
+    override: str, alpha: float, beta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, tmp_path / "run", override, *ONE_STEP) == 0
+    found = summary(tmp_path / "run")
+    assert (found["balance/alpha"], found["balance/beta"]) == (alpha, beta)
+    part = "uniformity" if alpha else "decorrelation"
+    assert found["loss/total"] == found[f"loss_weighted/{part}"] == found[f"loss/{part}"]
+
+
+def test_a_balance_on_the_command_line_wins_over_that_of_the_objective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, tmp_path / "run", "objective=simclr", "balance=step", *ONE_STEP) == 0
+    assert summary(tmp_path / "run")["balance/alpha"] == 0.0
+
+
+def test_wandb_logger_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, tmp_path / "run", "logger=wandb", *ONE_STEP) == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_own_groups_are_found_by_config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine" / "experiment" / "x.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nseed: 11\nobjective:\n  gamma: 0.5\n")
+    arguments = ["--config-dir", str(tmp_path / "mine"), "experiment=x"]
+    assert run(monkeypatch, tmp_path / "run", *arguments, *ONE_STEP) == 0
+    found = summary(tmp_path / "run")
+    assert found["seed"] == 11
+    assert found["config"]["objective"]["gamma"] == 0.5  # type: ignore[index]
+
+
+def test_a_sweep_gives_each_job_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, tmp_path / "sweep", "-m", "seed=0,1", *ONE_STEP) == 0
+    assert [summary(tmp_path / "sweep" / job)["seed"] for job in ("0", "1")] == [0, 1]
+
+
+BAD_INPUT = {
+    "objective.gama=0.5": "objective has no key 'gama'; did you mean 'gamma'?",
+    "objectiv=simclr": "did you mean 'objective'?",
+    "objective=simclrr": "objective has no option 'simclrr'; did you mean 'simclr'?",
+    "trainer.max_epoch=3": "trainer has no key 'max_epoch'; did you mean 'max_epochs'?",
+    "objective.gamma=[": "no viable alternative at input '['",
+    "data.batch_size=1": "data: batch_size must lie between 2 and the number of training images, 1297; got 1",
+    "objective.temperature=0": "objective: temperature must be > 0, got 0",
+    "objective.alpha=1.5": "objective: alpha must lie in [0, 1], got 1.5",
+    "balance.alpha.normalizer=most": 'normalizer must be "dim", "min" or a number > 0, got \'most\'',
+    "optimizer.lr=1e30": "a NaN or infinity appeared in R, Z or the loss at step 1",
+    "+trainer.foo=1": "unexpected keyword argument 'foo'",
+    "balance=linear trainer.max_epochs=-1": "needs the length of the training",
+}
+
+
+@pytest.mark.parametrize("override", BAD_INPUT)
+def test_bad_input_gets_one_line_that_names_the_cause(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(monkeypatch, tmp_path / "run", "trainer.max_epochs=1", *override.split())
+    error = capsys.readouterr().err.strip()
+    assert code == 1
+    assert error.startswith("adadim-train: error: ")
+    assert BAD_INPUT[override] in error
+    assert len(error.splitlines()) == 1
+
+
+def test_unwritable_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run(monkeypatch, tmp_path / "file" / "run", *ONE_STEP) == 1
+    error = capsys.readouterr().err.strip()
+    assert error == (
+        f"adadim-train: error: cannot use {tmp_path / 'file' / 'run'}: Not a directory; "
+        "name another output folder by run_dir=FOLDER"
+    )
+
+
+def test_a_failed_run_writes_its_summary_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The learning rate rises through the warm-up: the first epochs are fine, then the weights overflow.
+    overrides = ("optimizer=sgd", "optimizer.lr=1e12", "lr_schedule.warmup=0.99", "trainer.max_epochs=40")
+    assert run(monkeypatch, tmp_path / "run", *overrides, "objective=vicreg") == 1
+    found = summary(tmp_path / "run")
+    assert found["status"] == "failed"
+    assert "NaN or infinity" in found["error"]  # type: ignore[operator]
+    step = int(found["error"].split("at step ")[1].split(";")[0])  # type: ignore[union-attr]
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("epoch=*.ckpt"))
+    if step >= 10:
+        checkpoint = torch.load(checkpoints[-1], weights_only=True)
+        assert checkpoint["global_step"] <= step
+        assert all(bool(torch.isfinite(x).all()) for x in checkpoint["state_dict"].values())
+    else:
+        assert not checkpoints
+
+
+def test_full_error_brings_the_traceback_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="temperature must be > 0"):
+        run(monkeypatch, tmp_path / "run", "objective.temperature=0")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
