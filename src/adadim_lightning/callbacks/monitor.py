@@ -162,7 +162,9 @@ class DimensionMonitor(Callback):
     ) -> None:
         """Ask for R and Z if this step is one to measure."""
         self._left = trainer.num_training_batches - 1 - batch_idx
-        self._measuring = any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans())
+        self._measuring = not self._silent and any(
+            plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()
+        )
         for tap in (self._tap_r, self._tap_z):
             assert tap is not None
             tap.record(self, self._measuring)
@@ -191,10 +193,10 @@ class DimensionMonitor(Callback):
                 f"{self.representation!r} put out {len(r)} rows in this step but {self.embedding!r} {len(z)}: "
                 "they must see the same views"
             )
-        self._rows_per_step = len(r)
         self.recent_r.update(r)
         self.recent_z.update(z)
         r, z = gather_rows(r.float(), z.float())
+        self._rows_per_step = len(r)
         self._information.append(matrix_mutual_information(r, z))
         self._log_n = math.log(len(r))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adadim_lightning.distributed import world_size
 from adadim_lightning.metrics.effective_rank import EffectiveRank
 
 STATES = ("rows", "keys", "seen", "count", "mean", "scatter")
@@ -16,7 +17,7 @@ class RecentRows:
     enough rows.
 
     Args:
-        window: number of rows.
+        window: number of rows, over all processes together.
         center: subtract their mean before the spectrum is taken.
     """
 
@@ -50,7 +51,7 @@ class RecentRows:
         if self._last_read is not None:
             return self._last_read
         self._open = None
-        rows = [chunk.num_rows for chunk in self._chunks]
+        rows = [chunk.num_rows * world_size() for chunk in self._chunks]
         while sum(rows[1:]) >= self.window:
             rows.pop(0)
             self._chunks.pop(0)
