@@ -71,7 +71,8 @@ class Tap:
             if not isinstance(output, Tensor) or output.ndim != 2:
                 found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(f"the submodule {self.name!r} must put out one tensor (N, d), got {found}")
-            self._outputs.append(output.detach())
+            # A copy: a head may begin by an activation in place.
+            self._outputs.append(output.detach().clone())
 
     def read(self) -> list[Tensor]:
         """Outputs of the step, one for each call of the submodule, detached.

@@ -236,4 +236,4 @@ def print_report(folder: Path, first: Figures, last: Figures, evaluation: Figure
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"

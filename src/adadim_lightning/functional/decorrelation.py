@@ -55,12 +55,14 @@ def _hinge(variance: Tensor, eps: float) -> Tensor:
 def _off_diagonal(centered: Tensor, variance: Tensor) -> Tensor:
     """Sum of the squared off-diagonal covariances over d, from whichever product is smaller.
 
-    The squared Frobenius norm of Z^T Z equals that of Z Z^T, so for N < d no d x d matrix is needed. There
-    the subtraction is safe: the covariance has rank < N < d, so its off-diagonal mass is well above zero.
+    The squared Frobenius norm of Z^T Z equals that of Z Z^T, so for N < d no d x d matrix is needed. What is
+    subtracted there is smaller than what it is subtracted from, since a covariance of rank < d cannot be
+    diagonal, unless single dimensions dominate: then both are nearly equal and float32 loses digits.
     """
     n, d = centered.shape
     if n < d:
         total = (centered @ centered.T).square().sum() / (n - 1) ** 2 - variance.square().sum()
+        total = total.clamp_min(0.0)
     else:
         total = (centered.T @ centered / (n - 1)).fill_diagonal_(0.0).square().sum()
     return total / d

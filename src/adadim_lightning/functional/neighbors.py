@@ -55,7 +55,8 @@ def knn_predict(
         for chunk in torch.split(x, chunk_size):
             similarity, neighbor = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
             votes = similarity.new_zeros(len(chunk), classes)
-            # Cosines are at most 1: subtracting it first keeps a small temperature from overflowing.
-            votes.scatter_add_(1, bank_labels[neighbor], ((similarity - 1) / temperature).exp())
+            # Relative to the nearest, so that no temperature over- or underflows.
+            weight = ((similarity - similarity[:, :1]) / temperature).exp()
+            votes.scatter_add_(1, bank_labels[neighbor].long(), weight)
             predictions.append(votes.argmax(dim=1))
         return torch.cat(predictions)

@@ -39,13 +39,18 @@ def eigenvalue_spectrum(x: Tensor, *, center: bool = False) -> Tensor:
         if center:
             x = x - x.mean(dim=0)
         gram = x @ x.T if n < d else x.T @ x
-        return _eigenvalues(gram, trace, max(n, d))
+        return _eigenvalues(gram, max(n, d), trace)
 
 
-def _eigenvalues(gram: Tensor, trace: Tensor, size: int) -> Tensor:
-    """Descending eigenvalues of a float64 Gram matrix; below ``size * eps * trace`` they are rounding."""
+def _eigenvalues(gram: Tensor, size: int, uncentered_trace: Tensor) -> Tensor:
+    """Descending eigenvalues of a float64 Gram matrix, without those that are rounding.
+
+    Rounding is relative to the trace of the matrix; and where a mean was subtracted from the rows, to the
+    square of that subtraction's own rounding.
+    """
     eigenvalues = torch.linalg.eigvalsh(gram).flip(0)
-    noise = size * torch.finfo(torch.float64).eps * trace
+    eps = size * torch.finfo(torch.float64).eps
+    noise = eps * gram.trace() + eps**2 * uncentered_trace
     return torch.where(eigenvalues > noise, eigenvalues, 0.0)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from adadim_lightning.functional._numeric import check_matrix, float64_device, full_precision
 
@@ -20,6 +21,14 @@ class BaseMetric(Metric):
     full_state_update: bool | None = True
 
     float64_states: tuple[str, ...] = ()
+
+    def _add_settings(self, *settings: float) -> None:
+        """Make the settings a state.
+
+        A ``MetricCollection`` lets metrics share their updates once their states are equal; metrics that would
+        treat later updates differently must not.
+        """
+        self.add_state("settings", default=torch.tensor(settings), dist_reduce_fx="max")
 
     def _apply(self, fn: Callable[..., Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         module: nn.Module = super()._apply(fn, exclude_state=(*exclude_state, *self.float64_states))
@@ -70,14 +79,37 @@ class RowSampleMetric(BaseMetric):
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.add_state("keys", default=[], dist_reduce_fx="cat")
         self.add_state("seen", default=torch.tensor(0), dist_reduce_fx="sum")
+        self._add_settings(max_rows, seed)
+
+    @property
+    def dim(self) -> int | None:
+        """Number of dimensions d of the rows seen; None before the first update."""
+        return self.rows[0].shape[-1] if len(self.rows) else None
 
     def _sample(self, rows: Tensor) -> None:
         """Add rows to the sample."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator().manual_seed(hash((self.seed, rank, int(self.seen))) % 2**63)
         keys = torch.rand(len(rows), generator=generator, dtype=torch.float32).to(rows.device)
-        self.seen += len(rows)
-        self._extend([full_precision(rows.detach())], [keys])
+        self.seen = self.seen + len(rows)
+        # A copy: the model may go on to change the tensor in place.
+        self._extend([full_precision(rows.detach().clone())], [keys])
+
+    def _check_rows(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` is a finite matrix as wide as those before."""
+        check_matrix(x) if self.dim is None else check_width(x, self.dim)
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        # A process that has seen nothing must hold nothing in the same shape as the others hold something.
+        own_dim = torch.tensor(self.dim or 0, device=self.device)
+        dim = int(max(dist_sync_fn(own_dim, process_group or self.process_group)))
+        if dim and self.dim is None:
+            self._hold_nothing(dim)
+        super()._sync_dist(dist_sync_fn, process_group)
+
+    def _hold_nothing(self, dim: int) -> None:
+        self.rows = [torch.zeros(0, dim, device=self.device)]
+        self.keys = [torch.zeros(0, device=self.device)]
 
     def _extend(self, rows: Sequence[Tensor] | Tensor, keys: Sequence[Tensor] | Tensor) -> None:
         """Add rows with their keys, and drop those with the largest keys if there are too many."""

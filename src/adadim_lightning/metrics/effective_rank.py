@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from adadim_lightning.functional._numeric import check_matrix, float64_device, to_float64
+from adadim_lightning.functional._numeric import float64_device, to_float64
 from adadim_lightning.functional.spectrum import (
     Spectrum,
     _effective_rank_of_entropy,
@@ -15,7 +15,7 @@ from adadim_lightning.functional.spectrum import (
     _spectral_entropy_of_eigenvalues,
     eigenvalue_spectrum,
 )
-from adadim_lightning.metrics._base import RowSampleMetric, check_width
+from adadim_lightning.metrics._base import RowSampleMetric
 
 
 class EffectiveRank(RowSampleMetric):
@@ -76,6 +76,7 @@ class EffectiveRank(RowSampleMetric):
         self.spectrum: Spectrum = spectrum
         self.center = center
         self.max_dim = max_dim
+        self._add_settings(max_rows, seed, max_dim)
         # Moments of the rows that were folded; the scatter is about their mean. Scatters add over processes, but
         # the means stay apart: the scatter of the union needs each of them.
         self.add_state("count", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx=None)
@@ -85,7 +86,7 @@ class EffectiveRank(RowSampleMetric):
     @property
     def dim(self) -> int | None:
         """Number of dimensions d of the rows seen; None before the first update."""
-        return self.scatter.shape[0] or (self.rows[0].shape[-1] if len(self.rows) else None)
+        return self.scatter.shape[0] or super().dim
 
     @property
     def num_rows(self) -> int:
@@ -98,27 +99,23 @@ class EffectiveRank(RowSampleMetric):
         Args:
             x: vectors, shape ``(N, d)``.
         """
-        if self.dim is None:
-            check_matrix(x)
-            self._allocate(x.shape[1], x.device)
-        else:
-            check_width(x, self.dim)
+        self._check_rows(x)
         if x.shape[1] > self.max_dim:
             self._sample(x)
             return
-        self.seen += len(x)
-        self._keep(x.detach())
+        if self.dim is None:
+            self._allocate(x.shape[1], x.device)
+        self.seen = self.seen + len(x)
+        self._keep(x.detach().clone())  # the model may go on to change the tensor in place
 
     def _allocate(self, dim: int, device: torch.device) -> None:
-        if dim <= self.max_dim:
-            device = float64_device(device)
-            self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-            self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        device = float64_device(device)
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def _keep(self, x: Tensor) -> None:
         """Keep rows as they are until there are as many as dimensions: then their moments are smaller."""
-        assert isinstance(self.rows, list)
-        self.rows.append(x)
+        self.rows = [*self.rows, x]
         if sum(map(len, self.rows)) >= x.shape[1]:
             self._fold()
 
@@ -146,20 +143,23 @@ class EffectiveRank(RowSampleMetric):
             incoming_state: that metric; it stays as it is.
 
         Raises:
-            ValueError: it is no ``EffectiveRank``, or has another number of dimensions.
+            ValueError: it is no ``EffectiveRank``, or has another ``max_dim`` or number of dimensions.
         """
         other = incoming_state
         if not isinstance(other, EffectiveRank):
             raise ValueError(f"only an EffectiveRank can be merged, got {type(other).__name__}")
+        if other.max_dim != self.max_dim:
+            raise ValueError(f"cannot merge rows kept with max_dim {other.max_dim} and with {self.max_dim}")
         if other.dim is None:
             return
         if self.dim is None:
-            self._allocate(other.dim, other.rows[0].device if len(other.rows) else other.scatter.device)
+            if other.dim <= self.max_dim:
+                self._allocate(other.dim, other.scatter.device)
         elif self.dim != other.dim:
             raise ValueError(f"cannot merge rows of {other.dim} dimensions with rows of {self.dim}")
         self._update_count += other._update_count
         self._computed = None
-        self.seen += other.seen
+        self.seen = self.seen + other.seen
         if other.dim > self.max_dim:
             self._extend(other.rows, other.keys)
             return
@@ -167,6 +167,12 @@ class EffectiveRank(RowSampleMetric):
             self._merge(other.count, other.mean, other.scatter)
         for rows in other.rows:
             self._keep(rows)
+
+    def _hold_nothing(self, dim: int) -> None:
+        if dim > self.max_dim:
+            super()._hold_nothing(dim)
+        else:
+            self._allocate(dim, self.device)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # Processes may hold different numbers of rows; folded, their states have the same shape.
@@ -215,7 +221,7 @@ class EffectiveRank(RowSampleMetric):
         if not self.center:
             scatter = scatter + count.sum() * torch.outer(grand_mean, grand_mean)
         size = max(int(count.sum()), len(scatter))
-        return _eigenvalues(scatter, trace, size)[: int(count.sum())]
+        return _eigenvalues(scatter, size, trace)[: int(count.sum())]
 
     def compute(self) -> Tensor:
         """Effective rank of all rows seen."""

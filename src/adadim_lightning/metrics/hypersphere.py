@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adadim_lightning.functional._numeric import check_matrix, to_float64
 from adadim_lightning.functional.hypersphere import _row_alignment, uniformity
-from adadim_lightning.metrics._base import BaseMetric, RowSampleMetric, check_width
+from adadim_lightning.metrics._base import BaseMetric, RowSampleMetric
 
 
 class Uniformity(RowSampleMetric):
@@ -50,7 +50,7 @@ class Uniformity(RowSampleMetric):
         Args:
             x: vectors, shape ``(N, d)``.
         """
-        check_width(x, self.rows[0].shape[1]) if len(self.rows) else check_matrix(x)
+        self._check_rows(x)
         self._sample(x)
 
     def compute(self) -> Tensor:
@@ -106,9 +106,11 @@ class Alignment(BaseMetric):
         check_matrix(y, "y")
         if x.shape != y.shape:
             raise ValueError(f"both views must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        self.total += to_float64(_row_alignment(x.detach(), y.detach(), self.alpha)).sum()
-        self.count += len(x)
+        self.total = self.total + to_float64(_row_alignment(x.detach(), y.detach(), self.alpha)).sum()
+        self.count = self.count + len(x)
 
     def compute(self) -> Tensor:
         """Mean over all pairs seen."""
+        if self.count == 0:
+            raise ValueError("Alignment.compute() needs at least one update() before it")
         return (self.total / self.count).to(self.device, torch.float32)

@@ -53,7 +53,7 @@ class MatrixEntropy(RowSampleMetric):
         Args:
             x: vectors, shape ``(N, d)``.
         """
-        check_width(x, self.rows[0].shape[1]) if len(self.rows) else check_matrix(x)
+        self._check_rows(x)
         self._sample(x)
 
     def compute(self) -> Tensor:
@@ -92,11 +92,14 @@ class MatrixMutualInformation(RowSampleMetric):
         tensor(1.3863)
     """
 
+    dim_r: Tensor
+
     def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
         _check_order(order)
         self.order = order
-        self._widths: tuple[int, int] = (0, 0)
+        # A row is r and z side by side.
+        self.add_state("dim_r", default=torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, r: Tensor, z: Tensor) -> None:
         """Add rows.
@@ -105,18 +108,19 @@ class MatrixMutualInformation(RowSampleMetric):
             r: representations, shape ``(N, d_R)``.
             z: embeddings of the same images, shape ``(N, d_Z)``.
         """
-        if len(self.rows):
-            check_width(r, self._widths[0], "r")
-            check_width(z, self._widths[1], "z")
+        if self.dim is not None:
+            dim_r = int(self.dim_r)
+            check_width(r, dim_r, "r")
+            check_width(z, self.dim - dim_r, "z")
         else:
             check_matrix(r, "r")
             check_matrix(z, "z")
-            self._widths = (r.shape[1], z.shape[1])
         if len(r) != len(z):
             raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
+        self.dim_r = torch.full_like(self.dim_r, r.shape[1])
         self._sample(torch.cat([r, z], dim=1))
 
     def compute(self) -> Tensor:
         """Mutual information of the sampled rows, in nats."""
-        r, z = torch.split(self.sample(), list(self._widths), dim=1)
+        r, z = self.sample().tensor_split([int(self.dim_r)], dim=1)
         return matrix_mutual_information(r, z, order=self.order)

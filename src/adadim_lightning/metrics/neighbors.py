@@ -55,6 +55,7 @@ class KNNAccuracy(BaseMetric):
         self.chunk_size = chunk_size
         self.register_buffer("bank", None, persistent=False)
         self.register_buffer("bank_labels", None, persistent=False)
+        self._add_settings(k, temperature)
         self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
@@ -86,9 +87,11 @@ class KNNAccuracy(BaseMetric):
             temperature=self.temperature,
             chunk_size=self.chunk_size,
         )
-        self.correct += (predicted == target).sum()
-        self.total += len(target)
+        self.correct = self.correct + (predicted == target).sum()
+        self.total = self.total + len(target)
 
     def compute(self) -> Tensor:
         """Share of the rows that were classified right."""
+        if self.total == 0:
+            raise ValueError("KNNAccuracy.compute() needs at least one update() before it")
         return self.correct.float() / self.total

@@ -24,6 +24,7 @@ class RecentRows:
     def __init__(self, window: int, *, center: bool = False) -> None:
         self.window = window
         self.center = center
+        self._opened = 0
         self._chunks: list[EffectiveRank] = []
         self._open: EffectiveRank | None = None
         self._last_read: tuple[Tensor, int, int] | None = None
@@ -32,7 +33,9 @@ class RecentRows:
         """Add the rows of one step, shape ``(N, d)``."""
         self._last_read = None
         if self._open is None:
-            self._open = EffectiveRank(center=self.center).to(x.device)
+            # Where rows are sampled, chunks must draw them independently.
+            self._open = EffectiveRank(center=self.center, seed=self._opened).to(x.device)
+            self._opened += 1
             self._chunks.append(self._open)
         self._open.update(x)
 
@@ -64,14 +67,16 @@ class RecentRows:
         self._last_read = (*union.spectrum_and_rows(), union.dim)
         return self._last_read
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """The chunks, for a checkpoint."""
-        return [{name: getattr(chunk, name) for name in STATES} for chunk in self._chunks]
+        chunks = [{name: getattr(chunk, name) for name in STATES} for chunk in self._chunks]
+        return {"opened": self._opened, "chunks": chunks}
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the last chunk ended."""
+        self._opened = state["opened"]
         self._chunks, self._open, self._last_read = [], None, None
-        for values in state:
+        for values in state["chunks"]:
             chunk = EffectiveRank(center=self.center)
             for name in STATES:
                 setattr(chunk, name, values[name])

@@ -1,0 +1,68 @@
+"""Run a function in two gloo processes."""
+
+import itertools
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, multiprocessing
+from torchmetrics import Metric
+
+WORLD_SIZE = 2
+TIMEOUT_S = 10
+START_S = 120
+
+
+def _run(rank: int, store: str, call: bytes) -> bytes:
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+    try:
+        function, args = pickle.loads(call)
+        return pickle.dumps(function(*args))
+    finally:
+        distributed.destroy_process_group()
+
+
+class TwoProcesses:
+    """Two processes that wait for functions; each call is a process group of its own.
+
+    Arguments and results travel as bytes: torch would put both processes' tensors in the same shared memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._calls = itertools.count()
+        # As clean as spawn, but both processes share one import of torchmetrics, which takes seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["adadim_lightning.metrics"])
+        self._pool = context.Pool(WORLD_SIZE, initializer=torch.set_num_threads, initargs=(1,))
+        self.run(distributed.get_rank, timeout=START_S)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 3 * TIMEOUT_S) -> list[Any]:
+        """Results of ``function(*args)`` by rank; no process can take both calls, because each call waits."""
+        store = str(self._folder / f"store-{next(self._calls)}")
+        calls = [(rank, store, pickle.dumps((function, args))) for rank in range(WORLD_SIZE)]
+        results = self._pool.starmap_async(_run, calls, chunksize=1).get(timeout)
+        return list(map(pickle.loads, results))
+
+    def close(self) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+
+def update_and_compute(metric: Metric, rounds: list[list[list[tuple[Tensor, ...]]]]) -> list[Tensor]:
+    """Result after each round; ``rounds[i][rank]`` are the batches that a process sees in round i."""
+    results = []
+    for batches in rounds:
+        for batch in batches[distributed.get_rank()]:
+            metric.update(*batch)
+        results.append(metric.compute())
+    return results

@@ -1,0 +1,98 @@
+"""The spectrum of the most recent rows."""
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from adadim_lightning.functional import eigenvalue_spectrum
+from adadim_lightning.metrics.window import RecentRows
+
+from .distributed import TwoProcesses
+
+centered_and_not = pytest.mark.parametrize("center", [False, True])
+
+
+def drifting(n: int, d: int = 8) -> Tensor:
+    """Rows whose spectrum changes on the way."""
+    return torch.randn(n, d) * torch.linspace(0.1, 3, n)[:, None] ** torch.arange(d) + 0.5
+
+
+def assert_spectrum_of(reading: tuple[Tensor, int, int], x: Tensor, *, center: bool) -> None:
+    eigenvalues, rows, dim = reading
+    assert (rows, dim) == x.shape
+    expected = eigenvalue_spectrum(x, center=center)
+    torch.testing.assert_close(eigenvalues, expected, rtol=1e-6, atol=1e-11 * expected.sum().item())
+
+
+def read_by_steps(window: RecentRows, x: Tensor, *, step: int, steps_per_read: int) -> tuple[Tensor, int, int]:
+    for i, batch in enumerate(x.split(step), start=1):
+        window.update(batch)
+        if i % steps_per_read == 0:
+            window.read()
+    return window.read()
+
+
+@centered_and_not
+@pytest.mark.parametrize(("size", "kept"), [(1000, 240), (240, 240), (120, 120), (100, 120), (1, 60)])
+def test_the_window_holds_the_last_chunks_with_enough_rows(size: int, kept: int, center: bool) -> None:
+    x = drifting(240)
+    reading = read_by_steps(RecentRows(size, center=center), x, step=20, steps_per_read=3)
+    assert_spectrum_of(reading, x[-kept:], center=center)
+
+
+@centered_and_not
+@pytest.mark.parametrize("step", [2, 20])
+def test_a_window_with_fewer_rows_than_dimensions_a_step_is_exact(step: int, center: bool) -> None:
+    x = drifting(6 * step)
+    reading = read_by_steps(RecentRows(10_000, center=center), x, step=step, steps_per_read=1)
+    assert_spectrum_of(reading, x, center=center)
+
+
+def test_reading_twice_changes_nothing() -> None:
+    x = drifting(40)
+    window = RecentRows(10)
+    window.update(x)
+    assert window.read() is window.read()
+    window.update(x[:20])
+    assert_spectrum_of(window.read(), x[:20], center=False)
+
+
+@centered_and_not
+def test_a_window_goes_on_from_its_checkpoint(center: bool) -> None:
+    x = drifting(160)
+    window = RecentRows(80, center=center)
+    read_by_steps(window, x[:100], step=20, steps_per_read=2)
+    resumed = RecentRows(80, center=center)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(window.state_dict())))
+    for each in (window, resumed):
+        assert_spectrum_of(read_by_steps(each, x[100:], step=20, steps_per_read=2), x[80:], center=center)
+
+
+def test_a_checkpoint_is_a_snapshot() -> None:
+    x = drifting(60)
+    window = RecentRows(1000)
+    window.update(x[:40])
+    state = window.state_dict()
+    window.update(x[40:])
+    resumed = RecentRows(1000)
+    resumed.load_state_dict(state)
+    assert_spectrum_of(resumed.read(), x[:40], center=False)
+
+
+def read_own_rows(window: RecentRows, rows: list[Tensor]) -> tuple[Tensor, int, int]:
+    return read_by_steps(window, rows[distributed.get_rank()], step=20, steps_per_read=2)
+
+
+@centered_and_not
+def test_two_processes_read_the_same_spectrum_of_all_their_rows(center: bool, two_processes: TwoProcesses) -> None:
+    rows = [drifting(80), drifting(80) + 1]
+    first, second = two_processes.run(read_own_rows, RecentRows(1000, center=center), rows)
+    assert torch.equal(first[0], second[0])
+    assert_spectrum_of(first, torch.cat(rows), center=center)
+
+
+def test_reading_before_any_row_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no row has arrived yet"):
+        RecentRows(10).read()
