@@ -1,6 +1,6 @@
 """Speed of the estimators and of the objective, as ratios within one run.
 
-    uv run python benchmarks/estimators.py [--json FILE]
+Run it by ``uv run python benchmarks/estimators.py [--json FILE]``.
 
 Every pair of contestants is timed in alternation, so that a machine that slows down slows both; the ratio is
 that of the medians.
@@ -89,8 +89,8 @@ def main() -> None:
         ),
     ]
     table = Table(title=f"{torch.get_num_threads()} threads, torch {torch.__version__}", title_justify="left")
-    for column in ("ours", "against", "ours [ms]", "theirs [ms]", "ratio", "goal"):
-        table.add_column(column, justify="right" if "[" in column else "left")
+    for column in ("ours", "against", "ours, ms", "theirs, ms", "ratio", "goal"):
+        table.add_column(column, justify="right" if "ms" in column else "left")
     results = []
     for name, against, (ours, theirs), kind, goal in cases:
         our_time, their_time = race(ours, theirs, arguments.repeats)

@@ -1,6 +1,6 @@
 """AdaDim in plain Lightning code: backbone, head, loss, and one callback that measures and steers.
 
-    uv run python examples/train_digits.py --epochs 60
+Run it by ``uv run python examples/train_digits.py --epochs 60``.
 """
 
 import argparse

@@ -115,6 +115,16 @@ class AdaDimModule(LightningModule):
             "lr_scheduler": {"scheduler": self._lr_schedule(optimizer, int(steps)), "interval": "step"},
         }
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Watch the gradients too, but where a scaler skips such steps by itself."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            if gradients:
+                norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+                self.guard.watch(norm, self.global_step)
+                if norm.device.type == "cpu":
+                    self.guard.check()
+
     def optimizer_step(
         self,
         epoch: int,

@@ -159,7 +159,7 @@ class AdaDimLoss(nn.Module):
             gram_z = cosine_gram(torch.cat([z1, z2]))
             uniformity = _nt_xent_of_gram(gram_z, self.temperature)
             information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
-            if self.match_gradients and self.training and z1.requires_grad:
+            if self.match_gradients and self.training and decorrelation.requires_grad:
                 self._match_gradients(decorrelation, uniformity, z1, z2)
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,

@@ -54,7 +54,7 @@ class Tap:
 
     def close(self, reader: object) -> None:
         """Let go of the tap; the hook goes with the last reader."""
-        self.record(reader, False)
+        self.release(reader)
         self._readers.discard(reader)
         if not self._readers and self._hook is not None:
             self._hook.remove()
@@ -65,6 +65,12 @@ class Tap:
         """Begin a step: forget the step before, and keep the outputs of this one if they are wanted."""
         (self._recording.add if wanted else self._recording.discard)(reader)
         self._outputs = []
+
+    def release(self, reader: object) -> None:
+        """End a step for this reader; the outputs go with the last that wanted them."""
+        self._recording.discard(reader)
+        if not self._recording:
+            self._outputs = []
 
     def _on_forward(self, submodule: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._recording:

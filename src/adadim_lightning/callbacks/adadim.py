@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -131,7 +130,7 @@ class AdaDim(DimensionMonitor):
         statistics = Statistics(
             er_z=rank_of_eigenvalues(eigenvalues_z, self.balance.spectrum),
             er_r=rank_of_eigenvalues(eigenvalues_r, self.spectrum),
-            i_rz=float(torch.stack(self._information).mean()),
+            i_rz=self._mean_information(),
             rows=rows,
             dim_r=dim_r,
             dim_z=dim_z,
@@ -147,7 +146,7 @@ class AdaDim(DimensionMonitor):
             pl_module,
             {"balance/alpha": float(self._objective.alpha), "balance/beta": float(self._objective.beta)},
         )
-        if self.balance_plan.epoch_end:
+        if self.balance_plan.epoch_end and self._information and not self.balance_z.empty:
             self._renew_statistics(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adadim_lightning.distributed import gather_rows
+from adadim_lightning.distributed import gather_rows, world_size
 from adadim_lightning.functional.information import matrix_mutual_information
 from adadim_lightning.functional.spectrum import (
     Spectrum,
@@ -106,7 +106,7 @@ class DimensionMonitor(Callback):
         self.recent_z = RecentRows(window, center=center)
         self.spectra: list[tuple[int, Tensor, Tensor]] = []
         self._step = 0
-        self._rows_per_step = 1
+        self._rows_per_step = 0
         self._left = math.inf
         self._measuring = False
         self._silent = False
@@ -162,6 +162,10 @@ class DimensionMonitor(Callback):
     ) -> None:
         """Ask for R and Z if this step is one to measure."""
         self._left = trainer.num_training_batches - 1 - batch_idx
+        if trainer.max_steps >= 0:
+            steps = trainer.max_steps - trainer.global_step
+            self._left = min(self._left, steps * trainer.accumulate_grad_batches - 1)
+        # While the rows of a step are unknown (0) every plan says yes: the first step is read to count them.
         self._measuring = not self._silent and any(
             plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()
         )
@@ -182,7 +186,16 @@ class DimensionMonitor(Callback):
             r_views, z_views = self._tap_r.read(), self._tap_z.read()
             if not all(bool(torch.isfinite(x).all()) for x in (*r_views, *z_views)):
                 raise NonFiniteError(self._step)
-            self._measure(r_views, z_views)
+            if self._rows_per_step == 0:
+                self._rows_per_step = sum(map(len, r_views)) * world_size()
+            if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
+                self._measure(r_views, z_views)
+                if self.plan.reads_after(self._step):
+                    self.recent_r.close()
+                    self.recent_z.close()
+        for tap in (self._tap_r, self._tap_z):
+            assert tap is not None
+            tap.release(self)
         self._step += 1
 
     @torch.no_grad()
@@ -206,7 +219,7 @@ class DimensionMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured in this epoch."""
-        if self._silent:
+        if self._silent or not self._information:
             return
         eigenvalues_r = self.recent_r.read()[0]
         eigenvalues_z = self.recent_z.read()[0]
@@ -215,11 +228,15 @@ class DimensionMonitor(Callback):
             "dynamics/H_R": math.log(er_r),
             "dynamics/ER_R": er_r,
             "dynamics/ER_Z": rank_of_eigenvalues(eigenvalues_z, self.spectrum),
-            "dynamics/I_RZ": float(torch.stack(self._information).mean()),
+            "dynamics/I_RZ": self._mean_information(),
             "dynamics/log_n": self._log_n,
         }
         self._log(pl_module, values)
         self._keep_spectra(trainer.current_epoch, eigenvalues_r, eigenvalues_z)
+
+    def _mean_information(self) -> float:
+        """Mean over the epoch's measured batches so far, nats."""
+        return float(torch.stack([information.cpu() for information in self._information]).mean())
 
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         pl_module.log_dict(
@@ -241,6 +258,9 @@ class DimensionMonitor(Callback):
         """Step, recent rows and spectra."""
         return {
             "step": self._step,
+            "information": [float(x) for x in self._information],
+            "log_n": self._log_n,
+            "rows_per_step": self._rows_per_step,
             "recent_r": self.recent_r.state_dict(),
             "recent_z": self.recent_z.state_dict(),
             "spectra": self.spectra,
@@ -250,6 +270,9 @@ class DimensionMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._step = state_dict["step"]
+        self._information = [torch.tensor(x) for x in state_dict["information"]]
+        self._log_n = state_dict["log_n"]
+        self._rows_per_step = state_dict["rows_per_step"]
         self.recent_r.load_state_dict(state_dict["recent_r"])
         self.recent_z.load_state_dict(state_dict["recent_z"])
         self.spectra = state_dict["spectra"]

@@ -59,7 +59,12 @@ class DynamicsPlot(Callback):
         spectra = stack_spectra(monitors[0])
         with (folder / "spectra.npz").open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **spectra)
-        history = {key: np.asarray(values) for key, values in self.history.items()}
+        prefix = f"{monitors[0].name}/" if monitors[0].name else ""
+        epochs = len(self.history["epoch"])
+        history = {
+            key.removeprefix(prefix): np.asarray(values + [float("nan")] * (epochs - len(values)))
+            for key, values in self.history.items()
+        }
         draw_dynamics(history, spectra).savefig(folder / "dynamics.png", dpi=120)
 
     def state_dict(self) -> dict[str, Any]:

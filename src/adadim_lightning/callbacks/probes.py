@@ -156,7 +156,7 @@ class OnlineLinearProbe(OnlineProbe):
     def _build(self, trainer: Trainer, r: Tensor) -> None:
         classes = self.num_classes or infer_num_classes(trainer)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same probe on every process
+            torch.default_generator.manual_seed(0)  # the same probe on every process
             probe = nn.Sequential(nn.BatchNorm1d(r.shape[1], affine=False), nn.Linear(r.shape[1], classes))
         self.probe = probe.to(r.device)
         self._optimizer = torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay)
@@ -266,7 +266,10 @@ class OnlineKNN(OnlineProbe):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the rows of this step, and let go of the oldest."""
-        self._bank.append(self._read(batch))
+        r, labels = self._read(batch)
+        if self._bank and self._bank[0][0].device != r.device:  # a checkpoint is read on the CPU
+            self._bank = [(x.to(r.device), y.to(r.device)) for x, y in self._bank]
+        self._bank.append((r, labels))
         most = self.bank_size / world_size()
         while sum(len(labels) for _, labels in self._bank[1:]) >= most:
             self._bank.pop(0)

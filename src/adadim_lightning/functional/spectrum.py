@@ -35,11 +35,10 @@ def eigenvalue_spectrum(x: Tensor, *, center: bool = False) -> Tensor:
     n, d = x.shape
     with no_autocast(x):
         x = to_float64(x)
-        trace = x.square().sum()
-        if center:
-            x = x - x.mean(dim=0)
+        mean = x.mean(dim=0) if center else x.new_zeros(())
+        x = x - mean if center else x
         gram = x @ x.T if n < d else x.T @ x
-        return _eigenvalues(gram, max(n, d), trace)
+        return _eigenvalues(gram, max(n, d), gram.trace() + n * mean.square().sum())
 
 
 def _eigenvalues(gram: Tensor, size: int, uncentered_trace: Tensor) -> Tensor:

@@ -32,12 +32,28 @@ class RecentRows:
     def update(self, x: Tensor) -> None:
         """Add the rows of one step, shape ``(N, d)``."""
         self._last_read = None
+        for chunk in self._chunks:
+            if chunk.device != x.device:  # a checkpoint is read on the CPU
+                chunk.to(x.device)
         if self._open is None:
             # Where rows are sampled, chunks must draw them independently.
             self._open = EffectiveRank(center=self.center, seed=self._opened).to(x.device)
             self._opened += 1
             self._chunks.append(self._open)
         self._open.update(x)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has arrived yet."""
+        return not self._chunks
+
+    def close(self) -> None:
+        """End the chunk, and let go of those that the younger ones make superfluous."""
+        self._open = None
+        rows = [chunk.num_rows * world_size() for chunk in self._chunks]
+        while sum(rows[1:]) >= self.window:
+            rows.pop(0)
+            self._chunks.pop(0)
 
     def read(self) -> tuple[Tensor, int, int]:
         """End the chunk and take the spectrum over all processes.
@@ -53,11 +69,7 @@ class RecentRows:
             raise ValueError("no row has arrived yet")
         if self._last_read is not None:
             return self._last_read
-        self._open = None
-        rows = [chunk.num_rows * world_size() for chunk in self._chunks]
-        while sum(rows[1:]) >= self.window:
-            rows.pop(0)
-            self._chunks.pop(0)
+        self.close()
         union = self._chunks[0]
         if len(self._chunks) > 1:
             union = EffectiveRank(center=self.center).to(union.device)
@@ -70,10 +82,10 @@ class RecentRows:
     def state_dict(self) -> dict[str, Any]:
         """The chunks, for a checkpoint."""
         chunks = [{name: getattr(chunk, name) for name in STATES} for chunk in self._chunks]
-        return {"opened": self._opened, "chunks": chunks}
+        return {"opened": self._opened, "chunks": chunks, "open": self._open is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, with the last chunk ended."""
+        """Go on from :meth:`state_dict`."""
         self._opened = state["opened"]
         self._chunks, self._open, self._last_read = [], None, None
         for values in state["chunks"]:
@@ -81,3 +93,4 @@ class RecentRows:
             for name in STATES:
                 setattr(chunk, name, values[name])
             self._chunks.append(chunk)
+        self._open = self._chunks[-1] if state["open"] else None

@@ -49,9 +49,10 @@ def representation_dim(backbone: nn.Module, image: Tensor) -> int:
     Raises:
         ValueError: the backbone's output is not ``(B, d_R)``.
     """
-    training = backbone.training
+    modes = [(module, module.training) for module in backbone.modules()]
     output = backbone.eval()(image[None])
-    backbone.train(training)
+    for module, training in modes:
+        module.training = training
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the backbone must put out one tensor (B, d_R), got {found}")

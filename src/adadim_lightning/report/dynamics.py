@@ -43,7 +43,8 @@ def draw_dynamics(history: Mapping[str, Array], spectra: Mapping[str, Array]) ->
             ("balance/beta", "beta, weight of I(R;Z)", ORANGE),
         ],
     )
-    axes[0, 0].set_ylim(-0.02, 1.02)
+    low, high = axes[0, 0].get_ylim() if axes[0, 0].has_data() else (0.0, 1.0)
+    axes[0, 0].set_ylim(min(low, -0.02), max(high, 1.02))
     _twin_curves(
         axes[0, 1],
         "H(R) and I(R;Z)",
@@ -125,7 +126,8 @@ def _spectrum(axes: Axes, figure: Figure, epoch: Array, eigenvalues: Array) -> N
 def _plane(axes: Axes, figure: Figure, epoch: Array, history: Mapping[str, Array]) -> None:
     """The run's path: what the paper looks at."""
     axes.set_title("Path through H(R) and I(R;Z)", loc="left", fontweight="bold")
-    h, i = np.asarray(history["dynamics/H_R"]), np.asarray(history["dynamics/I_RZ"])
+    missing = np.full(len(epoch), np.nan)
+    h, i = (np.asarray(history.get(key, missing)) for key in ("dynamics/H_R", "dynamics/I_RZ"))
     scale = _time_scale(axes, figure, epoch)
     points = np.stack([h, i], axis=1)
     if len(points) > 1:

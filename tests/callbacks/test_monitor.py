@@ -1,0 +1,346 @@
+"""The monitor in real fits, against what the test's own hooks recorded."""
+
+import math
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+
+from adadim_lightning import AdaDim, DimensionMonitor, NonFiniteError
+from adadim_lightning.callbacks.monitor import MeasuringPlan
+from adadim_lightning.functional import effective_rank, matrix_mutual_information
+from tests.helpers import (
+    DIM_R,
+    DIM_Z,
+    OneCallPerView,
+    Recorder,
+    assert_same_weights,
+    endless,
+    every_epoch,
+    fit,
+    fixed_batches,
+    held_out,
+    some_digits,
+    tiny_module,
+)
+
+ROWS = 32  # of a step: both views of 16 images
+KEYS = {f"dynamics/{key}" for key in ("H_R", "ER_R", "ER_Z", "I_RZ", "log_n")}
+
+
+def information(recorder: Recorder, steps: list[int]) -> float:
+    return sum(float(matrix_mutual_information(*recorder.steps[i])) for i in steps) / len(steps)
+
+
+def assert_logged(
+    logged: dict[str, float], recorder: Recorder, *, window: list[int], measured: list[int], **how
+) -> None:
+    """What was logged is what the recorded rows give: ranks of the window's steps, information of all measured."""
+    er_r, er_z = (float(effective_rank(recorder.rows(which, window), **how)) for which in (0, 1))
+    assert logged["dynamics/ER_R"] == pytest.approx(er_r, rel=1e-4)
+    assert logged["dynamics/H_R"] == pytest.approx(math.log(er_r), rel=1e-4)
+    assert logged["dynamics/ER_Z"] == pytest.approx(er_z, rel=1e-4)
+    assert logged["dynamics/I_RZ"] == pytest.approx(information(recorder, measured), rel=1e-4)
+    assert logged["dynamics/log_n"] == pytest.approx(math.log(ROWS))
+
+
+@pytest.mark.parametrize("spectrum", ["singular", "eigen"])
+@pytest.mark.parametrize("center", [False, True])
+def test_it_logs_rank_and_information_of_what_the_model_put_out(spectrum: str, center: bool) -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(window=4 * ROWS, spectrum=spectrum, center=center)
+    fit(tiny_module(), fixed_batches(4), monitor, recorder, max_epochs=2)
+    for epoch, steps in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
+        assert_logged(
+            recorder.logged[epoch], recorder, window=steps, measured=steps, spectrum=spectrum, center=center
+        )
+
+
+def test_it_measures_random_views_from_a_data_module_without_a_second_pass() -> None:
+    recorder = Recorder()
+    fit(tiny_module(), some_digits(batch_size=16), DimensionMonitor(window=6 * ROWS), recorder)
+    assert [len(r) for r, _ in recorder.steps] == [ROWS] * 6
+    assert_logged(recorder.logged[0], recorder, window=list(range(6)), measured=list(range(6)))
+
+
+def test_a_window_larger_than_an_epoch_reaches_into_the_epochs_before() -> None:
+    recorder = Recorder()
+    fit(tiny_module(), fixed_batches(2), DimensionMonitor(window=4 * ROWS), recorder, max_epochs=3)
+    assert_logged(recorder.logged[1], recorder, window=[0, 1, 2, 3], measured=[2, 3])
+    assert_logged(recorder.logged[2], recorder, window=[2, 3, 4, 5], measured=[4, 5])
+
+
+def test_only_the_steps_right_before_a_reading_that_fill_the_window_are_measured() -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(every_n_steps=10, window=3 * ROWS)
+    fit(tiny_module(), fixed_batches(25), monitor, recorder)
+    measured = [7, 8, 9, 17, 18, 19, 22, 23, 24]
+    assert recorder.logged[0]["dynamics/I_RZ"] == pytest.approx(information(recorder, measured), rel=1e-5)
+
+
+def test_the_ranks_of_a_long_epoch_are_those_of_its_last_window() -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(every_n_steps=10, window=3 * ROWS)
+    fit(tiny_module(), fixed_batches(25), monitor, recorder)
+    last = recorder.rows(0, [22, 23, 24])
+    assert recorder.logged[0]["dynamics/ER_R"] == pytest.approx(float(effective_rank(last)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (MeasuringPlan(96, 10, epoch_end=True), [7, 8, 9, 17, 18, 19, 22, 23, 24]),
+        (MeasuringPlan(97, 10, epoch_end=False), [6, 7, 8, 9, 16, 17, 18, 19]),
+        (MeasuringPlan(1, None, epoch_end=True), [24]),
+        (MeasuringPlan(33, None, epoch_end=True), [23, 24]),
+        (MeasuringPlan(10_000, 50, epoch_end=True), list(range(25))),
+    ],
+    ids=repr,
+)
+def test_the_plan_asks_for_the_fewest_steps_that_fill_the_window(plan: MeasuringPlan, expected: list[int]) -> None:
+    steps = range(25)
+    assert [step for step in steps if plan.measures(step, 24 - step, 32)] == expected
+    assert [step for step in steps if plan.reads_after(step)] == ([9, 19] if plan.every_n_steps == 10 else [])
+
+
+def test_checkpoints_and_early_stopping_can_follow_it_without_validation(tmp_path) -> None:
+    recorder = Recorder()
+    best = ModelCheckpoint(tmp_path, monitor="dynamics/H_R", mode="min", filename="{epoch}")
+    stop = EarlyStopping("dynamics/ER_Z", mode="max", patience=1, min_delta=100.0)
+    used = fit(
+        tiny_module(),
+        fixed_batches(2),
+        DimensionMonitor(),
+        recorder,
+        best,
+        stop,
+        max_epochs=9,
+        limit_val_batches=0,
+    )
+    assert used.current_epoch == 2
+    values = [logged["dynamics/H_R"] for logged in recorder.logged]
+    assert float(best.best_model_score) == pytest.approx(min(values))
+    assert best.best_model_path.endswith(f"epoch={values.index(min(values))}.ckpt")
+
+
+def test_a_run_with_the_monitor_is_bit_for_bit_the_run_without() -> None:
+    modules, states = [], []
+    for callbacks in ([], [DimensionMonitor(every_n_steps=2, window=ROWS)]):
+        module = tiny_module()
+        torch.manual_seed(3)
+        fit(module, some_digits(batch_size=16), *callbacks, max_epochs=2)
+        modules.append(module)
+        states.append(torch.get_rng_state())
+    assert_same_weights(*modules)
+    assert torch.equal(*states)
+
+
+def test_a_name_prefixes_the_log_names_and_keeps_several_monitors_apart(tmp_path) -> None:
+    recorder = Recorder()
+    monitors = [
+        DimensionMonitor(),
+        DimensionMonitor(spectrum="eigen", name="eigen"),
+        DimensionMonitor("backbone.1", "backbone", name="inside"),
+    ]
+    fit(tiny_module(), fixed_batches(2), *monitors, recorder, every_epoch(tmp_path))
+    logged = recorder.logged[0]
+    assert {key for key in logged if "dynamics" in key} == KEYS | {
+        f"{name}/{key}" for name in ("eigen", "inside") for key in KEYS
+    }
+    assert logged["eigen/dynamics/ER_R"] < logged["dynamics/ER_R"]
+    assert logged["inside/dynamics/ER_Z"] == logged["dynamics/ER_R"]
+    state = torch.load(tmp_path / "0.ckpt", weights_only=True)["callbacks"]
+    assert {"DimensionMonitor{}", "DimensionMonitor{eigen}", "DimensionMonitor{inside}"} <= set(state)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["monitor first", "AdaDim first"])
+def test_beside_adadim_on_the_same_submodules_it_is_silent(first: bool) -> None:
+    recorder = Recorder()
+    silent = DimensionMonitor(window=ROWS)
+    pair = [silent, AdaDim(window=4 * ROWS)]
+    fit(tiny_module(), fixed_batches(4), *(pair if first else pair[::-1]), recorder)
+    steps = [0, 1, 2, 3]
+    assert_logged(recorder.logged[0], recorder, window=steps, measured=steps)
+    assert silent.spectra == []
+    elsewhere = DimensionMonitor("backbone.1", name="early", window=ROWS)
+    fit(tiny_module(), fixed_batches(4), elsewhere, AdaDim(window=4 * ROWS))
+    assert len(elsewhere.spectra) == 1
+
+
+def test_a_module_of_somebody_else_with_a_call_for_each_view_is_measured_on_both() -> None:
+    recorder = Recorder("encoder", "projector")
+    monitor = DimensionMonitor("encoder", "projector", window=2 * ROWS)
+    fit(OneCallPerView(), fixed_batches(2), monitor, recorder)
+    assert [len(r) for r, _ in recorder.steps] == [ROWS] * 2
+    assert_logged(recorder.logged[0], recorder, window=[0, 1], measured=[0, 1])
+
+
+def test_spectra_of_each_epoch_are_kept() -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(window=2 * ROWS)
+    fit(tiny_module(), fixed_batches(2), monitor, recorder, max_epochs=2)
+    assert [epoch for epoch, _, _ in monitor.spectra] == [0, 1]
+    for epoch, r, z in monitor.spectra:
+        for which, eigenvalues, dim in ((0, r, DIM_R), (1, z, DIM_Z)):
+            rows = recorder.rows(which, [2 * epoch, 2 * epoch + 1])
+            expected = torch.linalg.svdvals(rows.double()).square().float()
+            assert eigenvalues.shape == (dim,)
+            torch.testing.assert_close(eigenvalues, expected, rtol=1e-4, atol=1e-5 * float(expected[0]))
+
+
+def test_a_long_run_keeps_few_spectra_evenly_spaced() -> None:
+    monitor = DimensionMonitor()
+    for epoch in range(1000):
+        monitor._keep_spectra(epoch, torch.ones(2), torch.ones(2))
+    epochs = [epoch for epoch, _, _ in monitor.spectra]
+    assert epochs == list(range(0, 1000, 4))
+
+
+@pytest.mark.parametrize("every_n_steps", [3, 50])
+def test_a_resumed_run_logs_what_the_uninterrupted_run_does(every_n_steps: int, tmp_path) -> None:
+    def monitor() -> DimensionMonitor:
+        return DimensionMonitor(every_n_steps=every_n_steps, window=2 * ROWS)
+
+    whole = Recorder()
+    fit(tiny_module(), fixed_batches(5), monitor(), whole, every_epoch(tmp_path), max_epochs=4)
+    resumed, again = Recorder(), monitor()
+    fit(
+        tiny_module(),
+        fixed_batches(5),
+        again,
+        resumed,
+        every_epoch(tmp_path / "again"),
+        max_epochs=4,
+        ckpt_path=tmp_path / "1.ckpt",
+    )
+    assert len(resumed.logged) == 2
+    for ours, theirs in zip(resumed.logged, whole.logged[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert [epoch for epoch, _, _ in again.spectra] == [0, 1, 2, 3]
+
+
+def test_a_run_resumes_from_a_checkpoint_of_the_middle_of_an_epoch(tmp_path) -> None:
+    middle = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    fit(tiny_module(), fixed_batches(5), DimensionMonitor(window=ROWS), middle, max_epochs=1)
+    recorder = Recorder()
+    fit(
+        tiny_module(),
+        fixed_batches(5),
+        DimensionMonitor(window=ROWS),
+        ModelCheckpoint(tmp_path / "again"),
+        Follow(recorder),
+        max_epochs=2,
+        ckpt_path=tmp_path / "step=3.ckpt",
+    )
+    assert len(recorder.logged) == 2
+    assert all(math.isfinite(logged["dynamics/I_RZ"]) for logged in recorder.logged)
+
+
+def test_a_run_resumes_from_a_checkpoint_that_validation_wrote(tmp_path) -> None:
+    def callbacks(folder) -> list[Callback]:
+        at_validation = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+        return [DimensionMonitor(every_n_steps=3, window=2 * ROWS), at_validation]
+
+    data = (fixed_batches(5), held_out())
+    fit(tiny_module(), data, *callbacks(tmp_path), max_epochs=2)
+    recorder = Recorder()
+    used = fit(
+        tiny_module(),
+        data,
+        *callbacks(tmp_path / "again"),
+        Follow(recorder),
+        max_epochs=3,
+        ckpt_path=tmp_path / "epoch=0.ckpt",
+    )
+    assert used.current_epoch == 3
+    assert recorder.logged
+    assert all(math.isfinite(logged["dynamics/I_RZ"]) for logged in recorder.logged)
+
+
+class Follow(Callback):
+    """Notes what is logged, where the epoch may have begun in another run."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.recorder.on_train_epoch_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("max_steps", [3, 7])
+def test_a_run_that_max_steps_ends_within_an_epoch_is_logged_too(max_steps: int) -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(window=2 * ROWS)
+    fit(tiny_module(), fixed_batches(5), monitor, recorder, max_epochs=-1, max_steps=max_steps)
+    steps = [max_steps - 2, max_steps - 1]
+    assert_logged(recorder.logged[-1], recorder, window=steps, measured=steps)
+
+
+def test_a_run_that_is_stopped_within_an_epoch_ends_without_an_error() -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            trainer.should_stop = trainer.global_step == 7
+
+    recorder = Recorder()
+    used = fit(tiny_module(), fixed_batches(5), DimensionMonitor(window=2 * ROWS), recorder, Stop(), max_epochs=3)
+    assert used.global_step == 7
+    assert all(math.isfinite(logged["dynamics/H_R"]) for logged in recorder.logged)
+
+
+def test_a_run_that_its_time_limit_ends_at_once_ends_without_an_error() -> None:
+    fit(
+        tiny_module(),
+        fixed_batches(5),
+        DimensionMonitor(window=ROWS),
+        Timer(timedelta(microseconds=1), interval="step"),
+    )
+
+
+@pytest.mark.parametrize("every_n_steps", [4, 50])
+def test_data_without_a_length_are_measured_too(every_n_steps: int) -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor(every_n_steps=every_n_steps, window=2 * ROWS)
+    fit(tiny_module(), endless(fixed_batches(3)), monitor, recorder, max_epochs=-1, max_steps=8)
+    if every_n_steps == 4:
+        assert_logged(recorder.logged[0], recorder, window=[6, 7], measured=[2, 3, 6, 7])
+    assert set(recorder.logged[0]) >= KEYS
+
+
+def test_a_bad_value_in_somebody_elses_module_is_named_with_its_step() -> None:
+    class Bad(OneCallPerView):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                batch[0][1][3] = math.nan
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(NonFiniteError) as error:
+        fit(Bad(), fixed_batches(4), DimensionMonitor("encoder", "projector"))
+    assert error.value.step == 2
+
+
+def test_submodules_that_see_different_rows_are_an_error() -> None:
+    class FirstViewOnly(OneCallPerView):
+        def training_step(self, batch, batch_idx):
+            (view1, view2), _ = batch
+            self.encoder(view2)
+            return self.projector(self.encoder(view1)).square().mean()
+
+    with pytest.raises(ValueError, match="'encoder' put out 32 rows in this step but 'projector' 16"):
+        fit(FirstViewOnly(), fixed_batches(1), DimensionMonitor("encoder", "projector"))
+
+
+def test_a_submodule_that_is_not_called_is_an_error() -> None:
+    class NoHead(OneCallPerView):
+        def training_step(self, batch, batch_idx):
+            return self.encoder(batch[0][0]).square().mean()
+
+    with pytest.raises(RuntimeError, match="'projector' was not called in this training step"):
+        fit(NoHead(), fixed_batches(1), DimensionMonitor("encoder", "projector"))
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"window": 0}], ids=str)
+def test_a_setting_outside_its_range_is_an_error(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be >= 1"):
+        DimensionMonitor(**options)

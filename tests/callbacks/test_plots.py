@@ -1,0 +1,132 @@
+"""The picture and the spectra that a run leaves behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback
+from matplotlib.image import imread
+
+from adadim_lightning import AdaDim, DimensionMonitor, DynamicsPlot, OnlineKNN, OnlineLinearProbe
+from adadim_lightning.functional import eigenvalue_spectrum
+from tests.helpers import DIM_R, DIM_Z, Recorder, every_epoch, fit, fixed_batches, held_out, tiny_module
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def assert_drawn(path: Path) -> None:
+    assert path.read_bytes().startswith(PNG)
+    pixels = imread(path)
+    assert min(pixels.shape[:2]) > 500
+    assert float(pixels[..., :3].std()) > 0.02
+
+
+def spectra(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "spectra.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_a_run_leaves_a_picture_and_the_spectra_of_each_epoch(tmp_path: Path) -> None:
+    recorder = Recorder()
+    callbacks = [AdaDim(window=4 * 32), OnlineLinearProbe(num_classes=10), OnlineKNN(k=5), recorder]
+    plot = DynamicsPlot(tmp_path / "new" / "folder")
+    fit(tiny_module(), (fixed_batches(4), held_out()), *callbacks, plot, max_epochs=3)
+    folder = tmp_path / "new" / "folder"
+    assert_drawn(folder / "dynamics.png")
+    saved = spectra(folder)
+    assert saved["epoch"].tolist() == [0, 1, 2]
+    assert (saved["R"].shape, saved["Z"].shape) == ((3, DIM_R), (3, DIM_Z))
+    for epoch in range(3):
+        for which, name in enumerate("RZ"):
+            expected = eigenvalue_spectrum(recorder.rows(which, list(range(4 * epoch, 4 * epoch + 4)))).numpy()
+            np.testing.assert_allclose(saved[name][epoch], expected, rtol=1e-4, atol=1e-6 * expected[0])
+
+
+def test_the_history_is_what_was_logged(tmp_path: Path) -> None:
+    recorder, plot = Recorder(), DynamicsPlot(tmp_path)
+    fit(tiny_module(), fixed_batches(2), AdaDim(), recorder, plot, max_epochs=3)
+    assert plot.history["epoch"] == [0.0, 1.0, 2.0]
+    for key in ("loss/total", "balance/alpha", "dynamics/H_R", "loss_weighted/uniformity"):
+        assert plot.history[key] == [logged[key] for logged in recorder.logged]
+
+
+def test_by_default_the_files_are_in_the_root_folder_of_the_run(tmp_path: Path) -> None:
+    fit(tiny_module(), fixed_batches(1), DimensionMonitor(), DynamicsPlot(), default_root_dir=tmp_path)
+    assert_drawn(tmp_path / "dynamics.png")
+    assert (tmp_path / "spectra.npz").exists()
+
+
+class FailIn(Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise KeyError("the disk is full")
+
+
+def test_a_failed_run_leaves_what_there_was(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="disk is full"):
+        fit(tiny_module(), fixed_batches(2), AdaDim(), DynamicsPlot(tmp_path), FailIn(2), max_epochs=4)
+    assert_drawn(tmp_path / "dynamics.png")
+    assert spectra(tmp_path)["epoch"].tolist() == [0, 1]
+
+
+def test_a_run_that_fails_before_its_first_epoch_is_over_fails_with_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="disk is full"):
+        fit(tiny_module(), fixed_batches(2), AdaDim(), DynamicsPlot(tmp_path), FailIn(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spectra_of_fewer_rows_than_dimensions_are_padded_with_zeros(tmp_path: Path) -> None:
+    monitor = DimensionMonitor(window=8)
+    fit(tiny_module(), fixed_batches(2, batch_size=2), monitor, DynamicsPlot(tmp_path), max_epochs=2)
+    widths = {len(r) for _, r, _ in monitor.spectra}
+    assert spectra(tmp_path)["R"].shape == (2, max(widths))
+    assert widths == {8}
+
+
+def test_a_monitor_with_a_name_is_drawn_too(tmp_path: Path) -> None:
+    fit(tiny_module(), fixed_batches(2), DimensionMonitor(name="mine"), DynamicsPlot(tmp_path), max_epochs=2)
+    assert_drawn(tmp_path / "dynamics.png")
+
+
+def test_without_a_monitor_nothing_is_written(tmp_path: Path) -> None:
+    fit(tiny_module(), fixed_batches(1), DynamicsPlot(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_draws_all_its_epochs(tmp_path: Path) -> None:
+    def callbacks(folder: Path) -> list[Callback]:
+        return [AdaDim(), DynamicsPlot(folder), every_epoch(folder)]
+
+    fit(tiny_module(), fixed_batches(2), *callbacks(tmp_path), max_epochs=2)
+    again = callbacks(tmp_path / "again")
+    fit(tiny_module(), fixed_batches(2), *again, max_epochs=4, ckpt_path=tmp_path / "1.ckpt")
+    assert again[1].history["epoch"] == [0.0, 1.0, 2.0, 3.0]
+    assert spectra(tmp_path / "again")["epoch"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_run_resumed_without_a_callback_still_draws_what_that_one_had_logged(tmp_path: Path) -> None:
+    data = (fixed_batches(2), held_out())
+    fit(tiny_module(), data, AdaDim(), OnlineKNN(k=5), DynamicsPlot(tmp_path), every_epoch(tmp_path), max_epochs=2)
+    folder = tmp_path / "again"
+    fit(
+        tiny_module(),
+        data,
+        AdaDim(),
+        DynamicsPlot(folder),
+        every_epoch(folder),
+        max_epochs=3,
+        ckpt_path=tmp_path / "1.ckpt",
+    )
+    assert_drawn(folder / "dynamics.png")
+
+
+def test_a_run_stopped_within_an_epoch_is_drawn_without_an_error(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            trainer.should_stop = trainer.global_step == 5
+
+    fit(tiny_module(), fixed_batches(4), DimensionMonitor(window=32), DynamicsPlot(tmp_path), Stop(), max_epochs=3)
+    assert_drawn(tmp_path / "dynamics.png")

@@ -1,0 +1,214 @@
+"""The online probes against accuracies recomputed from what the model put out."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from adadim_lightning import OnlineKNN, OnlineLinearProbe
+from tests.helpers import (
+    DIM_R,
+    FixedPairs,
+    OneCallPerView,
+    Recorder,
+    assert_same_weights,
+    every_epoch,
+    fit,
+    fixed_batches,
+    held_out,
+    some_digits,
+    tiny_module,
+)
+
+
+def clean_rows(module: Any, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
+    """R and labels of the held-out images, in evaluation mode."""
+    module.eval()
+    with torch.no_grad():
+        pairs = [(module(images), labels) for images, labels in loader]
+    return torch.cat([r for r, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def vote(r: Tensor, bank: Tensor, labels: Tensor, k: int, temperature: float) -> list[int]:
+    """Weighted nearest-neighbor vote, image by image."""
+    predicted = []
+    for row in r:
+        similarity = nn.functional.cosine_similarity(row[None], bank)
+        scores = torch.zeros(10, dtype=torch.float64)
+        for i in similarity.argsort(descending=True)[:k]:
+            scores[labels[i]] += torch.exp(similarity[i].double() / temperature)
+        predicted.append(int(scores.argmax()))
+    return predicted
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_nearest_neighbors_are_the_last_training_rows(epochs: int) -> None:
+    recorder, module = Recorder(), tiny_module()
+    data, val = fixed_batches(5), held_out()
+    probe = OnlineKNN(k=7, temperature=0.2, bank_size=5 * 32)
+    used = fit(module, (data, val), probe, recorder, max_epochs=epochs)
+    bank = torch.cat([r for r, _ in recorder.epochs[-1]])
+    labels = torch.cat([torch.cat([y, y]) for _, y in data])
+    r, targets = clean_rows(module, val)
+    correct = [p == int(y) for p, y in zip(vote(r, bank, labels, 7, 0.2), targets, strict=True)]
+    assert float(used.callback_metrics["probe/knn_top1"]) == pytest.approx(sum(correct) / len(correct))
+    assert recorder.logged[-1]["probe/knn_top1"] == pytest.approx(sum(correct) / len(correct))
+
+
+def test_the_linear_probe_scores_held_out_images_by_its_running_standardization() -> None:
+    module, val = tiny_module(), held_out()
+    probe = OnlineLinearProbe(num_classes=10)
+    used = fit(module, (fixed_batches(5), val), probe, max_epochs=2)
+    r, targets = clean_rows(module, val)
+    norm, linear = probe.probe[0], probe.probe[1]
+    standardized = (r - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    predicted = (standardized @ linear.weight.T + linear.bias).argmax(dim=1)
+    accuracy = float((predicted == targets).float().mean())
+    assert float(used.callback_metrics["probe/linear_top1"]) == pytest.approx(accuracy)
+
+
+def test_the_linear_probe_takes_the_steps_of_adamw_on_detached_rows() -> None:
+    recorder = Recorder()
+    probe = OnlineLinearProbe(num_classes=10, lr=0.05, weight_decay=0.01)
+    data = fixed_batches(4)
+    fit(tiny_module(), data, probe, recorder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reference = nn.Sequential(nn.BatchNorm1d(DIM_R, affine=False), nn.Linear(DIM_R, 10))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.05, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for (r, _), (_, labels) in zip(recorder.steps, data, strict=True):
+        schedule.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(r), torch.cat([labels, labels])).backward()
+        optimizer.step()
+    torch.testing.assert_close(probe.probe.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_both_probes_learn_to_read_the_digits() -> None:
+    module = tiny_module(backbone=nn.Flatten(), projection_head=nn.Linear(64, 8))
+    used = fit(
+        module, some_digits(train=1297, test=500), OnlineLinearProbe(), OnlineKNN(), max_epochs=2, max_steps=80
+    )
+    assert float(used.callback_metrics["probe/linear_top1"]) > 0.85
+    assert float(used.callback_metrics["probe/knn_top1"]) > 0.85
+
+
+def test_a_run_with_the_probes_is_bit_for_bit_the_run_without() -> None:
+    modules, states = [], []
+    for callbacks in ([], [OnlineLinearProbe(), OnlineKNN()]):
+        module = tiny_module()
+        torch.manual_seed(3)
+        fit(module, some_digits(batch_size=16), *callbacks, max_epochs=2)
+        modules.append(module)
+        states.append(torch.get_rng_state())
+    assert_same_weights(*modules)
+    assert torch.equal(*states)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_probe_leaves_the_random_state_of_the_gpu_alone() -> None:
+    states = []
+    for callbacks in ([], [OnlineLinearProbe(num_classes=10)]):
+        torch.manual_seed(3)
+        fit(tiny_module(), fixed_batches(2), *callbacks, accelerator="gpu", devices=1)
+        states.append(torch.cuda.get_rng_state())
+    assert torch.equal(*states)
+
+
+class NamedClasses(FixedPairs):
+    classes = tuple("abcdefghijkl")
+
+
+class WithTargets(FixedPairs):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.targets = [*range(14), *self.labels.tolist()]
+        del self.labels
+
+    def __len__(self) -> int:
+        return len(self.targets) - 14
+
+    def __getitem__(self, index: int):
+        return (self.view1[index], self.view2[index]), self.targets[14 + index]
+
+
+def test_the_number_of_classes_comes_from_the_data() -> None:
+    def classes(data: Any) -> int:
+        probe = OnlineLinearProbe()
+        fit(tiny_module(), data, probe)
+        return probe.probe[1].out_features
+
+    assert classes(some_digits()) == 10
+    assert classes(DataLoader(NamedClasses(32), batch_size=16)) == 12
+    assert classes(DataLoader(WithTargets(32), batch_size=16)) == 14
+    assert classes(fixed_batches(2)) == 10
+
+
+def test_data_that_do_not_name_their_classes_are_an_error() -> None:
+    pairs = [FixedPairs(4)[i] for i in range(4)]
+    with pytest.raises(ValueError, match="give OnlineLinearProbe num_classes="):
+        fit(tiny_module(), DataLoader(pairs, batch_size=4), OnlineLinearProbe())
+    probe = OnlineLinearProbe(num_classes=11)
+    fit(tiny_module(), DataLoader(pairs, batch_size=4), probe)
+    assert probe.probe[1].out_features == 11
+
+
+@pytest.mark.parametrize("make", [lambda: OnlineLinearProbe(num_classes=10), OnlineKNN], ids=["linear", "kNN"])
+@pytest.mark.parametrize("label", ["cat", torch.zeros(3)], ids=["text", "several"])
+def test_batches_without_labels_are_an_error_that_says_what_to_do(make, label) -> None:
+    pairs = [(FixedPairs(4)[i][0], label) for i in range(4)]
+    with pytest.raises(ValueError, match=r"needs batches \(images, labels\).*leave the probe out"):
+        fit(tiny_module(), DataLoader(pairs, batch_size=4), make())
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [(lambda **options: OnlineLinearProbe(num_classes=10, **options), "linear_top1"), (OnlineKNN, "knn_top1")],
+    ids=["linear", "kNN"],
+)
+def test_a_name_prefixes_the_log_name_and_keeps_the_states_apart(make, key: str, tmp_path) -> None:
+    probes = [make(), make(representation="backbone.1", name="early")]
+    used = fit(tiny_module(), (fixed_batches(2), held_out()), *probes, every_epoch(tmp_path))
+    assert {f"probe/{key}", f"early/probe/{key}"} <= set(used.callback_metrics)
+    state = torch.load(tmp_path / "0.ckpt", weights_only=True)["callbacks"]
+    name = type(probes[0]).__name__
+    assert {f"{name}{{}}", f"{name}{{early}}"} <= set(state)
+
+
+def test_resumed_probes_score_as_those_of_the_uninterrupted_run(tmp_path) -> None:
+    def probes() -> list[Callback]:
+        return [OnlineLinearProbe(num_classes=10), OnlineKNN(k=5, bank_size=6 * 32)]
+
+    data = (fixed_batches(4), held_out())
+    whole, through = Recorder(), probes()
+    fit(tiny_module(), data, *through, whole, every_epoch(tmp_path), max_epochs=4)
+    resumed, again = Recorder(), probes()
+    path = tmp_path / "1.ckpt"
+    fit(tiny_module(), data, *again, resumed, every_epoch(tmp_path / "again"), max_epochs=4, ckpt_path=path)
+    for ours, theirs in zip(resumed.logged, whole.logged[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    torch.testing.assert_close(again[0].probe.state_dict(), through[0].probe.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_bank_holds_no_more_than_its_size_and_one_step() -> None:
+    probe = OnlineKNN(bank_size=70)
+    fit(tiny_module(), (fixed_batches(6), held_out()), probe)
+    assert sum(len(labels) for _, labels in probe.state_dict()["bank"]) == 96
+
+
+def test_labels_follow_the_views_where_each_view_has_a_call_of_its_own() -> None:
+    class WithValidation(OneCallPerView):
+        def validation_step(self, batch, batch_idx) -> None:
+            self.encoder(batch[0])
+
+    data = fixed_batches(2)
+    probe = OnlineKNN("encoder", bank_size=64)
+    used = fit(WithValidation(), (data, held_out()), probe)
+    kept = torch.cat([labels for _, labels in probe.state_dict()["bank"]])
+    assert torch.equal(kept, torch.cat([torch.cat([y, y]) for _, y in data]))
+    assert 0 <= float(used.callback_metrics["probe/knn_top1"]) <= 1

@@ -1,0 +1,249 @@
+"""The objective against the published losses, its written formula, and autograd."""
+
+import math
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss, VICRegLoss
+from torch import Tensor
+
+from adadim_lightning import AdaDimLoss
+from adadim_lightning.functional import matrix_mutual_information, nt_xent_loss, vicreg_loss
+
+Views = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def views(n: int = 12, dim_r: int = 10, dim_z: int = 6, dtype: torch.dtype = torch.float32) -> Views:
+    """R1, R2, Z1, Z2: two noisy views that need gradients; Z spreads so little that the hinge is active."""
+    r, z = torch.randn(n, dim_r), 0.5 * torch.randn(n, dim_z)
+    rows = (r, r + 0.3 * torch.randn_like(r), z, z + 0.1 * torch.randn_like(z))
+    r1, r2, z1, z2 = (x.to(dtype).requires_grad_() for x in rows)
+    return r1, r2, z1, z2
+
+
+def gradients(loss: Tensor, inputs: Views) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, materialize_grads=True, retain_graph=True))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 1.0])
+def test_with_alpha_one_and_gamma_zero_it_is_simclr(temperature: float) -> None:
+    rows = views()
+    ours = AdaDimLoss(alpha=1, gamma=0, temperature=temperature)(*rows).total
+    theirs = NTXentLoss(temperature=temperature)(*rows[2:])
+    torch.testing.assert_close(ours, theirs)
+    for mine, reference in zip(gradients(ours, rows), gradients(theirs, rows), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim_z", [6, 30], ids=["more rows than dimensions", "fewer"])
+def test_with_alpha_zero_and_gamma_zero_it_is_vicreg(dim_z: int) -> None:
+    rows = views(dim_z=dim_z)
+    ours = AdaDimLoss(alpha=0, gamma=0, halve_variance=True)(*rows).total
+    theirs = VICRegLoss()(*rows[2:])
+    torch.testing.assert_close(ours, theirs)
+    for mine, reference in zip(gradients(ours, rows), gradients(theirs, rows), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0])
+@pytest.mark.parametrize(("alpha", "gamma", "kappa"), [(0.3, 0.1, 1.0), (0.8, -0.5, 5.0), (0.0, 2.0, 0.1)])
+def test_the_total_is_the_written_formula(alpha: float, gamma: float, kappa: float, order: float) -> None:
+    rows = views()
+    r1, r2, z1, z2 = rows
+    loss = AdaDimLoss(
+        alpha=alpha,
+        gamma=gamma,
+        kappa=kappa,
+        order=order,
+        temperature=0.4,
+        invariance_weight=3.0,
+        variance_weight=2.0,
+        covariance_weight=0.5,
+        invariance_reduction="sum",
+    )
+    loss.set_balance(alpha, phase=0.7)
+    written = (
+        (1 - alpha)
+        * vicreg_loss(
+            z1,
+            z2,
+            invariance_weight=3.0,
+            variance_weight=2.0,
+            covariance_weight=0.5,
+            invariance_reduction="sum",
+        )
+        + alpha * kappa * nt_xent_loss(z1, z2, temperature=0.4)
+        + gamma * 0.7 * matrix_mutual_information(torch.cat([r1, r2]), torch.cat([z1, z2]), order=order)
+    )
+    total = loss(*rows).total
+    torch.testing.assert_close(total, written)
+    for ours, reference in zip(gradients(total, rows), gradients(written, rows), strict=True):
+        assert bool(torch.isfinite(ours).all())
+        torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-4)
+
+
+def test_the_weighted_parts_sum_to_the_total_and_all_parts_are_named_and_detached() -> None:
+    output = AdaDimLoss(alpha=0.3, kappa=2.0)(*views())
+    torch.testing.assert_close(sum(output.weighted.values()), output.total.detach())
+    assert set(output.weighted) == {"decorrelation", "uniformity", "information"}
+    assert set(output.parts) == {
+        "decorrelation",
+        "invariance",
+        "variance",
+        "covariance",
+        "uniformity",
+        "information",
+    }
+    assert output.total.requires_grad
+    assert not any(x.requires_grad for x in (*output.parts.values(), *output.weighted.values()))
+
+
+def test_the_parts_are_unweighted_and_do_not_depend_on_the_balance() -> None:
+    rows = views()
+    first, second = (AdaDimLoss(alpha=alpha, gamma=1, kappa=3)(*rows).parts for alpha in (0.1, 0.9))
+    assert first == second
+    recipe = 25 * first["invariance"] + 25 * first["variance"] + first["covariance"]
+    torch.testing.assert_close(first["decorrelation"], recipe)
+    torch.testing.assert_close(first["uniformity"], nt_xent_loss(rows[2], rows[3]).detach())
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0])
+def test_its_gradient_passes_gradcheck(order: float) -> None:
+    loss = AdaDimLoss(alpha=0.4, gamma=-0.7, kappa=2.0, order=order).double()
+    rows = views(n=4, dim_r=5, dim_z=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: loss(*x).total, rows)
+
+
+def norms_at_z(loss: AdaDimLoss, rows: Views) -> tuple[float, float]:
+    """Norms of the gradients of decorrelation and uniformity, by plain autograd."""
+    _, _, z1, z2 = rows
+    parts = (vicreg_loss(z1, z2), nt_xent_loss(z1, z2, temperature=loss.temperature))
+    dec, uni = (float(torch.cat(torch.autograd.grad(part, (z1, z2))).norm()) for part in parts)
+    return dec, uni
+
+
+def test_matched_kappa_makes_both_gradients_at_z_equally_long() -> None:
+    rows = views()
+    loss = AdaDimLoss(gamma=0, kappa="match")
+    for _ in range(5):
+        loss(*rows)
+    dec, uni = norms_at_z(loss, rows)
+    assert float(loss.kappa) == pytest.approx(dec / uni, rel=1e-4)
+    lengths = []
+    for alpha in (0.0, 1.0):
+        loss.set_balance(alpha)
+        lengths.append(float(torch.cat(gradients(loss(*rows).total, rows)[2:]).norm()))
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
+
+
+def test_matched_kappa_follows_a_running_mean_of_the_norms() -> None:
+    loss = AdaDimLoss(kappa="match")
+    running = torch.zeros(2, dtype=torch.float64)
+    for scale in (1.0, 3.0, 0.2, 0.7):
+        r1, r2, z1, z2 = views()
+        rows = (r1, r2, *((scale * z).detach().requires_grad_() for z in (z1, z2)))
+        loss(*rows)
+        running = 0.9 * running + 0.1 * torch.tensor(norms_at_z(loss, rows), dtype=torch.float64)
+    assert float(loss.kappa) == pytest.approx(float(running[0] / running[1]), rel=1e-4)
+
+
+def test_evaluation_and_inference_leave_kappa_alone() -> None:
+    loss = AdaDimLoss(kappa="match")
+    loss(*views())
+    before = float(loss.kappa)
+    loss.eval()(*views())
+    loss.train()
+    with torch.no_grad():
+        loss(*views())
+    assert float(loss.kappa) == before != 1.0
+
+
+def test_kappa_is_no_path_for_the_gradient() -> None:
+    rows = views()
+    loss = AdaDimLoss(alpha=0.5, gamma=0, kappa="match")
+    total = loss(*rows).total
+    fixed = AdaDimLoss(alpha=0.5, gamma=0, kappa=float(loss.kappa))(*rows).total
+    for ours, reference in zip(gradients(total, rows), gradients(fixed, rows), strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, math.nan])
+def test_alpha_outside_the_unit_interval_is_an_error_that_changes_nothing(alpha: float) -> None:
+    loss = AdaDimLoss(alpha=0.25)
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
+        loss.set_balance(alpha)
+    assert float(loss.alpha) == 0.25
+    with pytest.raises(ValueError, match="alpha"):
+        AdaDimLoss(alpha=alpha)
+
+
+def test_beta_is_gamma_times_the_phase_and_the_phase_is_alpha_by_default() -> None:
+    loss = AdaDimLoss(alpha=0.5, gamma=0.4)
+    assert float(loss.beta) == pytest.approx(0.2)
+    loss.set_balance(0.75)
+    assert float(loss.beta) == pytest.approx(0.3)
+    loss.set_balance(0.75, phase=0.0)
+    assert float(loss.beta) == 0.0
+    assert float(loss.alpha) == 0.75
+    with pytest.raises(ValueError, match="phase"):
+        loss.set_balance(0.5, phase=math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_under_autocast_gives_the_float32_loss(dtype: torch.dtype) -> None:
+    rows = tuple(x.detach().to(dtype) for x in views())
+    loss = AdaDimLoss(alpha=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = loss(*rows)
+    assert output.total.dtype == torch.float32
+    assert all(x.dtype == torch.float32 for x in output.parts.values())
+    torch.testing.assert_close(output.total, loss(*(x.float() for x in rows)).total)
+
+
+def test_input_that_does_not_fit_is_named() -> None:
+    r1, r2, z1, z2 = views()
+    loss = AdaDimLoss()
+    with pytest.raises(ValueError, match=r"z1.*z2"):
+        loss(r1, r2, z1, z2[:, :-1])
+    with pytest.raises(ValueError, match=r"r1.*r2"):
+        loss(r1, r2[:-1], z1, z2)
+    with pytest.raises(ValueError, match="same number of rows, got 12 and 6"):
+        loss(r1, r2, z1[:6], z2[:6])
+    with pytest.raises(ValueError, match="at least 2 images"):
+        loss(r1[:1], r2[:1], z1[:1], z2[:1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"order": 0.0},
+        {"order": -2.0},
+        {"kappa": 0.0},
+        {"kappa": -1.0},
+        {"kappa": math.nan},
+        {"kappa": "matched"},
+        {"gamma": math.inf},
+    ],
+    ids=str,
+)
+def test_a_setting_outside_its_range_is_named(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        AdaDimLoss(**options)
+
+
+def test_the_state_dict_carries_alpha_beta_and_kappa() -> None:
+    old = AdaDimLoss(gamma=0.5, kappa="match")
+    old.set_balance(0.3, phase=0.2)
+    old(*views())
+    new = AdaDimLoss(gamma=0.5, kappa="match")
+    new.load_state_dict(old.state_dict())
+    assert (float(new.alpha), float(new.beta), float(new.kappa)) == (
+        float(old.alpha),
+        float(old.beta),
+        float(old.kappa),
+    )
+    rows = views()
+    assert torch.equal(new(*rows).total, old(*rows).total)
+    assert torch.equal(new.kappa, old.kappa)
