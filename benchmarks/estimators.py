@@ -81,7 +81,7 @@ def main() -> None:
         ("effective rank, 256 x 2048", "torch.linalg.svdvals", rank_contestants(256, 2048), speed, ">= 4"),
         ("effective rank, 4096 x 512", "torch.linalg.svdvals", rank_contestants(4096, 512), speed, ">= 1.1"),
         (
-            "objective, N 256, d_R 512, d_Z 2048",
+            "objective, R 256 x 512, Z 256 x 2048",
             "lightly VICReg + NT-Xent",
             objective_contestants(256, 512, 2048),
             time_share,
@@ -111,7 +111,7 @@ def main() -> None:
                 "met": met,
             }
         )
-    Console(width=120).print(table)
+    Console(width=124).print(table)
     if arguments.json:
         record = {
             "command": "python benchmarks/estimators.py",
