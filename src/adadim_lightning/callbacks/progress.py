@@ -1,5 +1,6 @@
 """Progress in the terminal, and the rate of training."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -38,20 +39,23 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
+        self._seconds = math.inf
         self._images = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images, and stop the clock after the last batch."""
+        """Count the images, and note the time."""
         views = batch[0]
         self._images += len(views[0] if isinstance(views, list | tuple) else views)
-        if batch_idx + 1 == trainer.num_training_batches:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
-            seconds = time.perf_counter() - self._start
-            rate = self._images * world_size() / seconds
-            pl_module.log("throughput/images_per_second", rate, on_step=False, on_epoch=True, batch_size=1)
+        if batch_idx + 1 == trainer.num_training_batches and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._seconds = time.perf_counter() - self._start
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the rate."""
+        rate = self._images * world_size() / self._seconds
+        pl_module.log("throughput/images_per_second", rate, on_step=False, on_epoch=True, batch_size=1)
 
 
 class EpochBar(RichProgressBar):
