@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from adadim_lightning.functional._numeric import check_bool, check_integer, check_number
 from adadim_lightning.functional.spectrum import Spectrum
 
 
@@ -40,11 +41,6 @@ Schedule = Callable[[float, Statistics | None], float]
 Views = Literal["both", "first"]
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
 def _check_progress(progress: float, schedule: object) -> None:
     if math.isnan(progress):
         raise ValueError(
@@ -68,7 +64,7 @@ class ConstantSchedule:
     value: float
 
     def __post_init__(self) -> None:
-        _check_share("value", self.value)
+        check_number("value", self.value, low=0, high=1)
 
     def __call__(self, progress: float, statistics: Statistics | None) -> float:
         """The value."""
@@ -92,8 +88,8 @@ class LinearSchedule:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_share("start", self.start)
-        _check_share("end", self.end)
+        check_number("start", self.start, low=0, high=1)
+        check_number("end", self.end, low=0, high=1)
 
     def __call__(self, progress: float, statistics: Statistics | None) -> float:
         """The value at this progress."""
@@ -138,7 +134,9 @@ class StepSchedule:
 
     def __post_init__(self) -> None:
         for value in self.values:
-            _check_share("each of values", value)
+            check_number("each of values", value, low=0, high=1)
+        for milestone in self.milestones:
+            check_number("each of milestones", milestone, low=0, high=1)
         if len(self.values) != len(self.milestones) + 1 or list(self.milestones) != sorted(self.milestones):
             raise ValueError("StepSchedule needs rising milestones and one more value than milestones")
 
@@ -180,7 +178,7 @@ class EffectiveRankSchedule:
 
     def __post_init__(self) -> None:
         for name in ("start", "alpha_min", "alpha_max"):
-            _check_share(name, getattr(self, name))
+            check_number(name, getattr(self, name), low=0, high=1)
         if self.alpha_min > self.alpha_max:
             raise ValueError(f"alpha_min {self.alpha_min} lies above alpha_max {self.alpha_max}")
         if self.normalizer not in ("dim", "min") and not (
@@ -237,14 +235,22 @@ class Balance:
         center: bool = False,
         ema: float = 0.9,
     ) -> None:
-        if lag_epochs < 0 or (lag_epochs and beta is not None):
-            raise ValueError(f"lag_epochs must be >= 0 and needs the coupled beta, got {lag_epochs}")
-        if (every_n_steps is not None and every_n_steps < 1) or window < 1:
-            raise ValueError(f"every_n_steps and window must be >= 1, got {every_n_steps} and {window}")
+        if not callable(alpha) or not (beta is None or callable(beta)):
+            raise ValueError(f"alpha and beta must be schedules, got {alpha!r} and {beta!r}")
+        check_integer("lag_epochs", lag_epochs, low=0)
+        if lag_epochs and beta is not None:
+            raise ValueError("lag_epochs needs the coupled beta; leave out the schedule of beta")
+        if every_n_steps is not None:
+            check_integer("every_n_steps", every_n_steps, low=1)
+        check_integer("window", window, low=1)
+        check_bool("center", center)
+        if spectrum not in ("singular", "eigen"):
+            raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
         if views not in ("both", "first"):
             raise ValueError(f'views must be "both" or "first", got {views!r}')
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {ema}")
+        check_number("ema", ema, low=0, high=1)
+        if ema == 1:
+            raise ValueError("ema must be below 1: at 1 no estimate after the first would count")
         self.alpha = alpha
         self.beta = beta
         self.lag_epochs = lag_epochs

@@ -24,10 +24,10 @@ def embed(
     """
     training = backbone.training
     backbone.eval()
-    device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
+    like = next(backbone.parameters(), torch.empty(0))
     rows, targets = [], []
     for images, labels in batches:
-        rows.append(backbone(prepare(images.to(device))).float().cpu())
+        rows.append(backbone(prepare(images.to(like.device)).to(like.dtype)).float().cpu())
         targets.append(labels.cpu())
     backbone.train(training)
     return torch.cat(rows), torch.cat(targets)

@@ -8,10 +8,12 @@ class NonFiniteError(RuntimeError):
     """R, Z, the loss or the gradients hold a NaN or an infinity."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(
-            f"a NaN or infinity appeared in R, Z or the loss at step {step}; the last checkpoint is from "
-            "before it: lower the learning rate or set trainer.gradient_clip_val"
+        advice = (
+            "nothing was trained before it, so look at the images and how the views normalize them"
+            if step == 0
+            else "the last checkpoint is from before it: lower the learning rate or set trainer.gradient_clip_val"
         )
+        super().__init__(f"a NaN or infinity appeared in R, Z, the loss or its gradient at step {step}; {advice}")
         self.step = step
 
 

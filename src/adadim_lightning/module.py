@@ -67,7 +67,7 @@ class AdaDimModule(LightningModule):
         Returns:
             Shape ``(B, d_R)``.
         """
-        representation: Tensor = self.backbone(images)
+        representation: Tensor = self.backbone(images.to(self.dtype))
         return representation
 
     def training_step(self, batch: tuple[tuple[Tensor, Tensor], Any], batch_idx: int) -> Tensor:
@@ -87,7 +87,7 @@ class AdaDimModule(LightningModule):
         values = {"loss/total": total.detach()}
         values |= {f"loss/{name}": value for name, value in parts.items()}
         values |= {f"loss_weighted/{name}": value for name, value in weighted.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(view1))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(view1), sync_dist=True)
         return total
 
     def validation_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from adadim_lightning.distributed import gather_rows
-from adadim_lightning.functional._numeric import check_views, full_precision, no_autocast
+from adadim_lightning.functional._numeric import (
+    check_bool,
+    check_number,
+    check_views,
+    full_precision,
+    no_autocast,
+)
 from adadim_lightning.functional.contrastive import _check_temperature, _nt_xent_of_gram
 from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
 from adadim_lightning.functional.information import _check_order, _renyi_information, cosine_gram
@@ -55,7 +61,8 @@ class AdaDimLoss(nn.Module):
         invariance_reduction: over dimensions; ``"mean"`` as in VICReg's code or ``"sum"`` as in its paper.
 
     Raises:
-        ValueError: alpha outside ``[0, 1]``, temperature or order <= 0, gamma or kappa not finite.
+        ValueError: alpha outside ``[0, 1]``; temperature, order, kappa or eps <= 0; a weight < 0; or anything that
+            is not a finite number.
 
     Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
     paper's form; ``"match"`` is ours.
@@ -90,8 +97,15 @@ class AdaDimLoss(nn.Module):
         super().__init__()
         _check_temperature(temperature)
         _check_order(order)
-        if not math.isfinite(gamma):
-            raise ValueError(f"gamma must be finite, got {gamma}")
+        check_number("gamma", gamma)
+        check_number("invariance_weight", invariance_weight, low=0)
+        check_number("variance_weight", variance_weight, low=0)
+        check_number("covariance_weight", covariance_weight, low=0)
+        check_bool("halve_variance", halve_variance)
+        if not (isinstance(eps, int | float) and 0 < eps < math.inf):
+            raise ValueError(f"eps must be > 0, got {eps!r}")
+        if invariance_reduction not in ("mean", "sum"):
+            raise ValueError(f'invariance_reduction must be "mean" or "sum", got {invariance_reduction!r}')
         self.match_gradients = kappa == "match"
         if kappa != "match" and not (isinstance(kappa, int | float) and 0 < kappa < math.inf):
             raise ValueError(f'kappa must be a finite number > 0 or "match", got {kappa!r}')
@@ -119,11 +133,9 @@ class AdaDimLoss(nn.Module):
         Raises:
             ValueError: alpha is outside ``[0, 1]`` or the phase is not finite.
         """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        check_number("alpha", alpha, low=0, high=1)
         phase = alpha if phase is None else phase
-        if not math.isfinite(phase):
-            raise ValueError(f"the phase of beta must be finite, got {phase}")
+        check_number("the phase of beta", phase)
         self.alpha.fill_(alpha)
         self.beta.fill_(self.gamma * phase)
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from adadim_lightning.distributed import gather_rows, world_size
+from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.functional.information import matrix_mutual_information
 from adadim_lightning.functional.spectrum import (
     Spectrum,
@@ -94,8 +95,11 @@ class DimensionMonitor(Callback):
         center: bool = False,
         name: str | None = None,
     ) -> None:
-        if every_n_steps < 1 or window < 1:
-            raise ValueError(f"every_n_steps and window must be >= 1, got {every_n_steps} and {window}")
+        check_integer("every_n_steps", every_n_steps, low=1)
+        check_integer("window", window, low=1)
+        check_bool("center", center)
+        if spectrum not in ("singular", "eigen"):
+            raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
         self.representation = representation
         self.embedding = embedding
         self.spectrum: Spectrum = spectrum
@@ -240,7 +244,11 @@ class DimensionMonitor(Callback):
 
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         pl_module.log_dict(
-            {self._key(key): value for key, value in values.items()}, on_step=False, on_epoch=True, batch_size=1
+            {self._key(key): value for key, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
         )
 
     def _keep_spectra(self, epoch: int, *eigenvalues: Tensor) -> None:

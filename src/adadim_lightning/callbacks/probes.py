@@ -101,7 +101,12 @@ class OnlineProbe(Callback):
 
     def _log(self, pl_module: LightningModule, key: str, value: Tensor) -> None:
         pl_module.log(
-            f"{self.name}/{key}" if self.name else key, value, on_step=False, on_epoch=True, batch_size=1
+            f"{self.name}/{key}" if self.name else key,
+            value,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
         )
 
     @abstractmethod

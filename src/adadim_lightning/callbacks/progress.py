@@ -1,14 +1,18 @@
 """Progress in the terminal, and the rate of training."""
 
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from adadim_lightning.distributed import world_size
 
@@ -55,17 +59,39 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rate."""
         rate = self._images * world_size() / self._seconds
-        pl_module.log("throughput/images_per_second", rate, on_step=False, on_epoch=True, batch_size=1)
+        pl_module.log(
+            "throughput/images_per_second", rate, on_step=False, on_epoch=True, batch_size=1, sync_dist=True
+        )
 
 
 class EpochBar(RichProgressBar):
-    """Rich progress bar with the epoch's alpha, H(R) and I(R;Z)."""
+    """Rich progress bar with the epoch's alpha, H(R) and I(R;Z), on one line of 80 columns."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Epoch, a short bar, batches, time left."""
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        ]
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """The epoch's figures under the names that people read."""
-        return dict(shown_values(trainer))
+        shown = shown_values(trainer)
+        shown.pop("images/s", None)
+        return dict(shown)
+
+
+@contextmanager
+def carry_on_without_output() -> Iterator[None]:
+    """Let a run outlive a reader that went away (``| head``), or a full disk behind its output."""
+    try:
+        yield
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for the rest of the process
 
 
 class EpochLines(Callback):
@@ -79,9 +105,11 @@ class EpochLines(Callback):
             return
         figures = "  ".join(f"{name} {value}" for name, value in shown_values(trainer).items())
         of = f"/{epochs}" if epochs is not None and epochs > 0 else ""
-        print(f"epoch {epoch}{of}  {figures}", flush=True)
+        with carry_on_without_output():
+            print(f"epoch {epoch}{of}  {figures}", flush=True)
 
 
 def progress_callback() -> Callback:
     """A progress bar in a terminal, plain lines elsewhere."""
-    return EpochBar() if sys.stdout.isatty() else EpochLines()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return EpochBar() if terminal else EpochLines()

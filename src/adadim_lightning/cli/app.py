@@ -1,6 +1,7 @@
 """What all commands share: Hydra around a task, and one line instead of a traceback."""
 
 import difflib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException, MissingConfigException
 from hydra.types import RunMode
@@ -15,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130  # as shells number a Ctrl-C
 
 
 def config_dir() -> Path:
@@ -58,12 +61,15 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         if wanted == "1":
             raise
         _fail(command, error)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     finally:
         _set_environment(FULL_ERROR, wanted)
 
 
 def _fail(command: str, error: Exception) -> NoReturn:
-    print(f"{command}: error: {one_line(error)}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
+        print(f"{command}: error: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -77,8 +83,8 @@ def _set_environment(name: str, value: str | None) -> None:
 def one_line(error: BaseException) -> str:
     """The cause of an error and its fix, in one line."""
     cause = error.__cause__
-    if isinstance(error, InstantiationException) and cause is not None:
-        return f"{_where(error)}{one_line(cause)}"
+    if isinstance(error, InstantiationException):
+        return f"{_part(error, 'full_key: ')}: {_unknown_argument(error) or _message(cause or error)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
@@ -88,26 +94,53 @@ def one_line(error: BaseException) -> str:
             parent = candidate.parent_node
             if isinstance(parent, DictConfig) and isinstance(candidate.key, str) and candidate.key not in parent:
                 where = str(candidate.full_key).rpartition(".")[0] or "the configuration"
-                return f"{where} has no key {candidate.key!r}{_nearest(candidate.key, map(str, parent))}"
+                hint = _nearest(candidate.key, map(str, parent), new=str(candidate.full_key))
+                return f"{where} has no key {candidate.key!r}{hint}"
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"cannot use {error.filename}: {error.strerror}; name another output folder by run_dir=FOLDER"
             if error.filename2 is None
             else str(error)
         )
+    return _message(error)
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, with its type where only that tells what kind of thing went wrong."""
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if isinstance(error, ValueError | RuntimeError | hydra.errors.HydraException | OmegaConfBaseException):
+    plain = (ValueError, RuntimeError, hydra.errors.HydraException, OmegaConfBaseException)
+    # Lightning's own error for a wrong setting; importing it here would cost seconds.
+    if isinstance(error, plain) or type(error).__name__ == "MisconfigurationException":
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} ({FULL_ERROR}=1 shows the traceback)"
 
 
-def _where(error: InstantiationException) -> str:
-    """The configuration key that an object could not be made from, as Hydra's message ends."""
-    key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
-    return f"{key}: " if key else ""
+def _part(error: InstantiationException, label: str) -> str:
+    """What follows a label on its line of Hydra's message."""
+    return str(error).partition(label)[2].partition("\n")[0].strip(" ':") or "configuration"
 
 
-def _nearest(wrong: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
+def _unknown_argument(error: InstantiationException) -> str | None:
+    """The near match of a key that the object does not take, which only its constructor noticed."""
+    _, found, wrong = str(error.__cause__).partition("got an unexpected keyword argument '")
+    if not found:
+        return None
+    target = hydra.utils.get_object(_part(error, "Error in call to target"))
+    names = [name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs")]
+    wrong = wrong.partition("'")[0]
+    return f"there is no key {wrong!r}{_nearest(wrong, names)}"
+
+
+def nearest(wrong: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The name that someone probably meant."""
+    near = difflib.get_close_matches(wrong, sorted(names), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def _nearest(wrong: str, names: Iterable[str], *, new: str | None = None) -> str:
+    """A hint at the near match, or at all names there are."""
+    names = sorted(name for name in names if not name.startswith("_"))
+    near = nearest(wrong, names)
+    if near is not None:
+        return f"; did you mean {near!r}?"
+    return f"; it has {', '.join(names)}" + (f"; add a new one by +{new}=..." if new else "")

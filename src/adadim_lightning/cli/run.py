@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import uuid
 import warnings
@@ -19,20 +20,35 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from adadim_lightning.cli.app import one_line
+from adadim_lightning.callbacks.progress import carry_on_without_output
+from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import InMemoryImages
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
+from adadim_lightning.functional._numeric import check_integer
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 
 Figures = dict[str, float]
+
+TERMINATED = 143  # as shells number a SIGTERM
+
+REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
+KEYS = {*REQUIRED, "lr_schedule", "callbacks", "logger", "optimized_metric"}
+TRAINER_INTEGERS = {
+    "max_epochs": 1,
+    "max_steps": 1,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 1,
+}
 
 ROWS = {
     "balance/alpha": "alpha",
@@ -71,34 +87,77 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    check_unused(folder)
     summary: dict[str, Any] = {
-        "status": "stopped",
+        "status": "ok",
         "error": None,
-        "seed": config.seed,
-        "epochs": 0,
-        "seconds": 0.0,
+        "seed": config.get("seed"),
         "overrides": list(overrides),
-        "config": OmegaConf.to_container(config, resolve=True),
         "run_id": uuid.uuid4().hex[:8],
         "versions": versions(),
-        "optimized_metric": config.optimized_metric,
+        "optimized_metric": config.get("optimized_metric"),
     }
     start = time.perf_counter()
     run = Run(config, folder)
     try:
+        check_config(config)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        summary["config"] = OmegaConf.to_container(config, resolve=True)
         run.fit()
         run.evaluate()
-        summary["status"] = "ok"
     except Exception as error:
         summary |= {"status": "failed", "error": one_line(error)}
         raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        terminated = isinstance(stop, SIGTERMException)
+        summary |= {"status": "stopped", "error": f"interrupted by {'SIGTERM' if terminated else 'Ctrl-C'}"}
+        say_stopped(folder, run.epochs)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
     finally:
         first, last = read_metrics(folder / "metrics.csv")
         summary |= {"epochs": run.epochs, "seconds": round(time.perf_counter() - start, 2)}
         write_summary(folder / "summary.json", summary | last | run.evaluation)
-    print_report(folder, first, last, run.evaluation)
-    return (last | run.evaluation).get(config.optimized_metric)
+    values = last | run.evaluation
+    missing = None if config.optimized_metric in values else str(config.optimized_metric)
+    with carry_on_without_output():
+        print_report(folder, first, last, run.evaluation, missing=missing)
+    return values.get(config.optimized_metric)
+
+
+@rank_zero_only
+def check_unused(folder: Path) -> None:
+    """Raise ValueError if the folder holds a run already: their files would mix."""
+    if any((folder / name).exists() for name in ("summary.json", "metrics.csv", "checkpoints")):
+        raise ValueError(f"{folder} holds a run already; name another folder by run_dir=FOLDER, or delete it")
+
+
+def check_config(config: DictConfig) -> None:
+    """Raise ValueError for what would only fail later, in words that do not name the key, or not at all."""
+    for key in REQUIRED:
+        if config.get(key) is None:
+            raise ValueError(f"the configuration needs {key}, which was removed or null")
+    for key in map(str, config):
+        meant = nearest(key, KEYS, cutoff=0.7)
+        if key == "experiment":
+            raise ValueError('the experiment file lacks its first line, "# @package _global_"')
+        if key not in KEYS and meant is not None:
+            raise ValueError(f"the configuration has no key {key!r}; did you mean {meant!r}?")
+    check_integer("seed", config.seed, low=0)
+    for key, low in TRAINER_INTEGERS.items():
+        value = config.trainer.get(key)
+        if value is not None and value != -1:
+            check_integer(f"trainer.{key}", value, low=low)
+    if config.trainer.max_epochs is None and config.trainer.max_steps in (None, -1):
+        raise ValueError("trainer.max_epochs must be a number of epochs; null would mean Lightning's 1000")
+
+
+@rank_zero_only
+def say_stopped(folder: Path, epochs: int) -> None:
+    """One line where the summary would have been."""
+    plural = "" if epochs == 1 else "s"
+    print(
+        f"stopped after {epochs} epoch{plural}; everything so far is in {os.path.relpath(folder)}", file=sys.stderr
+    )
 
 
 class Run:
@@ -133,8 +192,8 @@ class Run:
         )
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [CSVLogger(str(self.folder), name="", version="")]
-        loggers += instantiate(config.logger, _convert_="all").values()
-        callbacks = list(instantiate(config.callbacks, _convert_="all").values())
+        loggers += instantiate(config.get("logger") or {}, _convert_="all").values()
+        callbacks = list(instantiate(config.get("callbacks") or {}, _convert_="all").values())
         self.trainer = instantiate(
             config.trainer,
             logger=loggers,
@@ -145,6 +204,8 @@ class Run:
             _convert_="all",
         )
         self.trainer.fit(module, datamodule=self.data)
+        if self.trainer.global_step == 0:
+            raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
     def _image(self) -> torch.Tensor:
         assert isinstance(self.data, InMemoryImages)
@@ -173,10 +234,12 @@ class Run:
 
 def _quieten() -> None:
     """Leave the terminal to what the user needs to see."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*treespec, LeafSpec.*",
+        ".*Initializing zero-element tensors.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*The number of training batches .* is smaller than the logging interval.*",
@@ -211,8 +274,10 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def print_report(folder: Path, first: Figures, last: Figures, evaluation: Figures) -> None:
-    """Print what the run did, on one screen."""
+def print_report(
+    folder: Path, first: Figures, last: Figures, evaluation: Figures, *, missing: str | None = None
+) -> None:
+    """Print what the run did, on one screen, and name an optimized metric that was not logged."""
     console = Console(highlight=False)
     table = Table(title="Training", title_justify="left", show_edge=False)
     table.add_column("")
@@ -232,8 +297,11 @@ def print_report(folder: Path, first: Figures, last: Figures, evaluation: Figure
             table.add_row(label, *(f"{score:.3f}" for score in scores))
         console.print()
         console.print(table)
+    if missing is not None:
+        console.print(f"\noptimized_metric {missing} was not logged", markup=False)
     console.print(f"\nEverything is in {os.path.relpath(folder)}", soft_wrap=True)
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+    size = abs(value)
+    return f"{value:.3g}" if size >= 1e6 else f"{value:,.0f}" if size >= 100 else f"{value:.3f}"

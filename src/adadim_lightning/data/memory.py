@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adadim_lightning.data.views import TwoViews
+from adadim_lightning.functional._numeric import check_integer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,9 +70,10 @@ class InMemoryImages(LightningDataModule):
         self, train: LabeledImages, test: LabeledImages, *, views: TwoViews, batch_size: int = 256
     ) -> None:
         super().__init__()
-        if not 2 <= batch_size <= len(train):
+        check_integer("batch_size", batch_size, low=2)
+        if batch_size > len(train):
             raise ValueError(
-                f"batch_size must lie between 2 and the number of training images, {len(train)}; got {batch_size}"
+                f"batch_size must not exceed the number of training images, {len(train)}; got {batch_size}"
             )
         self.train = train
         self.test = test

@@ -1,5 +1,6 @@
 """Numerical house rules that every function here follows: full precision, checked input."""
 
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,6 +25,26 @@ def to_float64(x: Tensor) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Context in which mixed precision does not narrow the arithmetic on ``x``."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def check_number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ValueError unless ``value`` is a finite number in ``[low, high]``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type,operator]
+        limits = "" if low == -math.inf else f" >= {low:g}" if high == math.inf else f" in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
+
+
+def check_integer(name: str, value: object, *, low: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def check_matrix(x: Tensor, name: str = "x", *, finite: bool = True) -> None:

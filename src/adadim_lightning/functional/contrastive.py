@@ -10,8 +10,8 @@ from adadim_lightning.functional.information import cosine_gram
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
 
 
 def _nt_xent_of_gram(gram: Tensor, temperature: float) -> Tensor:

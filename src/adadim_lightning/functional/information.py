@@ -35,8 +35,8 @@ def cosine_gram(x: Tensor) -> Tensor:
 
 
 def _check_order(order: float) -> None:
-    if not (math.isfinite(order) and order > 0):
-        raise ValueError(f"order must be a finite number > 0, got {order}")
+    if not (isinstance(order, int | float) and 0 < order < math.inf):
+        raise ValueError(f"order must be a finite number > 0, got {order!r}")
 
 
 def _renyi_entropy(gram: Tensor, order: float) -> Tensor:

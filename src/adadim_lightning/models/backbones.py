@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adadim_lightning.functional._numeric import check_integer
+
 
 class SmallConvNet(nn.Sequential):
     """Small convolutional backbone for small images, fast enough to train on a laptop.
@@ -22,6 +24,11 @@ class SmallConvNet(nn.Sequential):
     """
 
     def __init__(self, in_channels: int = 3, channels: Sequence[int] = (32, 64, 128)) -> None:
+        check_integer("in_channels", in_channels, low=1)
+        if not isinstance(channels, Sequence) or not channels:
+            raise ValueError(f"channels must list the width of at least one stage, got {channels!r}")
+        for width in channels:
+            check_integer("each of channels", width, low=1)
         layers: list[nn.Module] = []
         previous = in_channels
         for stage, width in enumerate(channels):

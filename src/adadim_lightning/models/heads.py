@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from adadim_lightning.functional._numeric import check_integer
+
 
 def projection_head(in_dim: int, *, hidden_dim: int = 2048, out_dim: int = 2048, layers: int = 3) -> nn.Module:
     """Multi-layer perceptron with batch norm and ReLU between its layers, as SimCLR and VICReg use it.
@@ -16,14 +18,15 @@ def projection_head(in_dim: int, *, hidden_dim: int = 2048, out_dim: int = 2048,
         Module from ``(B, d_R)`` to ``(B, d_Z)``.
 
     Raises:
-        ValueError: ``layers`` is negative.
+        ValueError: ``layers`` is negative, or a width below 1.
 
     Example:
         >>> projection_head(8, hidden_dim=16, out_dim=4, layers=2)(torch.zeros(2, 8)).shape
         torch.Size([2, 4])
     """
-    if layers < 0:
-        raise ValueError(f"layers must be >= 0, got {layers}")
+    check_integer("layers", layers, low=0)
+    check_integer("hidden_dim", hidden_dim, low=1)
+    check_integer("out_dim", out_dim, low=1)
     if layers == 0:
         return nn.Identity()
     modules: list[nn.Module] = []
