@@ -181,3 +181,21 @@ def test_a_balance_goes_on_from_its_state_as_if_nothing_had_happened() -> None:
     fresh = make()
     fresh.load_state_dict(make().state_dict())
     assert sequence(fresh, range(6)) == whole
+
+
+def test_a_lagged_beta_goes_on_from_a_checkpoint() -> None:
+    balance = Balance(LinearSchedule(), lag_epochs=1)
+    balance(0.1, 0)
+    resumed = Balance(LinearSchedule(), lag_epochs=1)
+    resumed.load_state_dict(balance.state_dict())
+    assert resumed(0.6, 1) == (0.6, 0.1)
+
+
+def test_a_lagged_beta_that_starts_late_has_the_present_for_a_past() -> None:
+    assert Balance(LinearSchedule(), lag_epochs=2)(0.5, 5) == (0.5, 0.5)
+
+
+def test_a_beta_schedule_sees_what_was_measured() -> None:
+    balance = Balance(ConstantSchedule(0.2), beta=lambda progress, statistics: statistics.er_z)  # type: ignore[union-attr]
+    balance.observe(Statistics(er_z=7.0, er_r=2.0, i_rz=0.1, rows=10, dim_r=4, dim_z=8))
+    assert balance(0.0, 0) == (0.2, 7.0)

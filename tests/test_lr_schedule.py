@@ -43,7 +43,7 @@ def test_a_final_share_is_left_at_the_end_and_after_it() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("warmup", [-0.1, 1.0])
+@pytest.mark.parametrize("warmup", [-0.1, 1.1])
 def test_a_warmup_that_is_no_share_is_an_error(warmup: float) -> None:
     with pytest.raises(ValueError, match="warmup"):
         rates(10, warmup=warmup)

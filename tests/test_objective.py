@@ -247,3 +247,17 @@ def test_the_state_dict_carries_alpha_beta_and_kappa() -> None:
     rows = views()
     assert torch.equal(new(*rows).total, old(*rows).total)
     assert torch.equal(new.kappa, old.kappa)
+
+
+def test_eps_reaches_the_variance_part() -> None:
+    r, z = torch.randn(4, 8, 3), 0.1 * torch.randn(4, 8, 5)
+    loss = AdaDimLoss(alpha=0.0, gamma=0.0, eps=0.5)(r[0], r[1], z[0], z[1]).total
+    torch.testing.assert_close(loss, vicreg_loss(z[0], z[1], eps=0.5))
+    assert not torch.isclose(loss, vicreg_loss(z[0], z[1]))
+
+
+def test_matching_survives_a_part_without_a_gradient() -> None:
+    loss = AdaDimLoss(alpha=0.5, kappa="match")
+    z = torch.randn(2, 4, 3, requires_grad=True)
+    loss._match_gradients(z.square().sum(), 0.0 * z.sum(), z, z)
+    assert bool(torch.isfinite(loss.kappa))

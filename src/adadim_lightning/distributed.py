@@ -1,5 +1,6 @@
 """Rows of all processes in one tensor, with and without gradients."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch import distributed as dist
 def world_size() -> int:
     """Number of processes that train together; 1 outside distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def training_steps(trainer: Any) -> float:
+    """Number of optimizer steps of a Lightning trainer's whole fit; infinity where it is not known."""
+    steps = trainer.estimated_stepping_batches
+    return steps if steps >= 0 else math.inf
 
 
 class _GatherRows(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adadim_lightning.functional.neighbors import knn_predict
+from adadim_lightning.models.backbones import evaluating
 
 
 @torch.no_grad()
@@ -22,14 +23,12 @@ def embed(
     Returns:
         Shapes ``(N, d_R)``, float32, and ``(N,)``, both on the CPU.
     """
-    training = backbone.training
-    backbone.eval()
     like = next(backbone.parameters(), torch.empty(0))
     rows, targets = [], []
-    for images, labels in batches:
-        rows.append(backbone(prepare(images.to(like.device)).to(like.dtype)).float().cpu())
-        targets.append(labels.cpu())
-    backbone.train(training)
+    with evaluating(backbone):
+        for images, labels in batches:
+            rows.append(backbone(prepare(images.to(like.device)).to(like.dtype)).float().cpu())
+            targets.append(labels.cpu())
     return torch.cat(rows), torch.cat(targets)
 
 

@@ -11,7 +11,7 @@ class NonFiniteError(RuntimeError):
         advice = (
             "nothing was trained before it, so look at the images and how the views normalize them"
             if step == 0
-            else "the last checkpoint is from before it: lower the learning rate or set trainer.gradient_clip_val"
+            else "checkpoints are from before it: lower the learning rate or set trainer.gradient_clip_val"
         )
         super().__init__(f"a NaN or infinity appeared in R, Z, the loss or its gradient at step {step}; {advice}")
         self.step = step

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from adadim_lightning.distributed import training_steps
 from adadim_lightning.guard import FiniteGuard
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 
@@ -104,7 +105,7 @@ class AdaDimModule(LightningModule):
         optimizer = self._optimizer([group for group in groups if group["params"]])
         if self._lr_schedule is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
+        steps = training_steps(self.trainer)
         if not math.isfinite(steps):
             raise ValueError(
                 "the learning-rate schedule needs the length of the training: "
@@ -152,8 +153,13 @@ class AdaDimModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the guard when the trainer logs."""
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.global_step % every == 0:
             self.guard.check()
+
+    def on_validation_start(self) -> None:
+        """Read the guard before anything is scored."""
+        self.guard.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a checkpoint that is not good."""

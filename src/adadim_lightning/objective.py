@@ -159,7 +159,8 @@ class AdaDimLoss(nn.Module):
         if len(r1) != len(z1):
             raise ValueError(f"R and Z must have the same number of rows, got {len(r1)} and {len(z1)}")
         with no_autocast(z1):
-            r1, r2, z1, z2 = gather_rows(*(full_precision(x) for x in (r1, r2, z1, z2)))
+            dtype = torch.promote_types(full_precision(r1).dtype, full_precision(z1).dtype)
+            r1, r2, z1, z2 = gather_rows(*(x.to(dtype) for x in (r1, r2, z1, z2)))
             vicreg = _vicreg_parts(
                 z1,
                 z2,

@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -210,12 +213,26 @@ BAD_INPUT = {
     "objective=simclrr": "objective has no option 'simclrr'; did you mean 'simclr'?",
     "trainer.max_epoch=3": "trainer has no key 'max_epoch'; did you mean 'max_epochs'?",
     "objective.gamma=[": "no viable alternative at input '['",
-    "data.batch_size=1": "data: batch_size must lie between 2 and the number of training images, 1297; got 1",
+    "data.batch_size=1": "data: batch_size must be an integer >= 2, got 1",
+    "data.batch_size=1298": "data: batch_size must not exceed the number of training images, 1297; got 1298",
     "objective.temperature=0": "objective: temperature must be > 0, got 0",
     "objective.alpha=1.5": "objective: alpha must lie in [0, 1], got 1.5",
     "balance.alpha.normalizer=most": 'normalizer must be "dim", "min" or a number > 0, got \'most\'',
-    "optimizer.lr=1e30": "a NaN or infinity appeared in R, Z or the loss at step 1",
-    "+trainer.foo=1": "unexpected keyword argument 'foo'",
+    "optimizer.lr=1e30": "a NaN or infinity appeared in R, Z, the loss or its gradient at step 1",
+    "+trainer.max_epoch=1": "trainer: there is no key 'max_epoch'; did you mean 'max_epochs'?",
+    "+objectiv.gamma=1": "the configuration has no key 'objectiv'; did you mean 'objective'?",
+    "foo=1": "optimizer, run_dir, seed, trainer, views; add a new one by +foo=...",
+    "seed=x": "seed must be an integer >= 0, got 'x'",
+    "trainer.max_epochs=abc": "trainer.max_epochs must be an integer >= 1, got 'abc'",
+    "trainer.max_epochs=0": "trainer.max_epochs must be an integer >= 1, got 0",
+    "trainer.limit_train_batches=0": "nothing was trained",
+    "+trainer.enable_checkpointing=false": "enable_checkpointing",
+    "objective.gamma=foo": "objective: gamma must be a finite number, got 'foo'",
+    "objective.halve_variance=maybe": "halve_variance must be true or false, got 'maybe'",
+    "balance.spectrum=foo": 'spectrum must be "singular" or "eigen", got \'foo\'',
+    "balance.alpha=null": "alpha and beta must be schedules, got None and None",
+    "backbone.channels=[]": "backbone: channels must list the width of at least one stage, got []",
+    "~objective": "the configuration needs objective, which was removed or null",
     "balance=linear trainer.max_epochs=-1": "needs the length of the training",
 }
 
@@ -268,3 +285,67 @@ def test_full_error_brings_the_traceback_back(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Exception, match="temperature must be > 0"):
         run(monkeypatch, tmp_path / "run", "objective.temperature=0")
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
+    two_epochs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in two_epochs.iterdir() if path.is_file()}
+    assert run(monkeypatch, two_epochs, *ONE_STEP) == 1
+    assert "holds a run already; name another folder by run_dir=FOLDER" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# @package _global_\ntrainr:\n  max_epochs: 3\n", "has no key 'trainr'; did you mean 'trainer'?"),
+        (
+            "# @package _global_\nobjective:\n  gama: 1\n",
+            "objective: there is no key 'gama'; did you mean 'gamma'?",
+        ),
+        ("objective:\n  gamma: 1\n", 'lacks its first line, "# @package _global_"'),
+    ],
+)
+def test_mistakes_in_an_experiment_file_are_named(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine" / "experiment" / "x.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(text)
+    arguments = ["--config-dir", str(tmp_path / "mine"), "experiment=x"]
+    assert run(monkeypatch, tmp_path / "run", *arguments, *ONE_STEP) == 1
+    assert message in capsys.readouterr().err
+    assert summary(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_interrupted_says_so_and_leaves_a_summary(
+    sent: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "adadim_lightning.cli.train", "trainer.max_epochs=5000", "run_dir=run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(sent)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == code, error
+    assert "everything so far is in run" in error.splitlines()[-1]
+    found = summary(tmp_path / "run")
+    assert found["status"] == "stopped"
+    assert found["epochs"] >= 1  # type: ignore[operator]
+    assert (tmp_path / "run" / "dynamics.png").exists()
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "adadim_lightning.cli.train", "trainer.max_epochs=3", "run_dir=run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert process.returncode == 0
+    assert summary(tmp_path / "run")["epochs"] == 3

@@ -184,3 +184,7 @@ def test_an_unknown_reduction_is_an_error() -> None:
         invariance_loss(torch.eye(2), torch.eye(2), reduction="none")
     with pytest.raises(ValueError, match=r"reduction must be.*'none'"):
         vicreg_loss(torch.eye(2), torch.eye(2), invariance_reduction="none")
+
+
+def test_eps_lifts_the_hinge_of_a_constant() -> None:
+    assert float(variance_loss(torch.zeros(4, 2), eps=0.25)) == 0.5

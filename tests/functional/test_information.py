@@ -260,3 +260,15 @@ def test_information_rejects_what_is_no_finite_matrix(x: Tensor, cause: str) -> 
 def test_unequal_numbers_of_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match="same number of rows, got 3 and 4"):
         matrix_mutual_information(torch.eye(3), torch.eye(4))
+
+
+def test_rounding_is_no_eigenvalue_at_a_small_order() -> None:
+    rank_one = torch.outer(torch.rand(64) + 0.5, torch.randn(16))
+    assert abs(float(matrix_entropy(rank_one, order=0.1))) < 1e-6
+
+
+def test_a_small_eigenvalue_is_not_taken_for_rounding() -> None:
+    angle = 1e-5  # the second eigenvalue of the two rows' Gram is near angle^2 / 4
+    x = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    p = np.array([1 + math.cos(angle), 2 * math.sin(angle / 2) ** 2]) / 2
+    assert float(matrix_entropy(x, order=0.2)) == pytest.approx(np.log((p**0.2).sum()) / 0.8, rel=1e-4)

@@ -37,7 +37,7 @@ def test_a_head_has_as_many_linear_layers_as_asked_for(layers: int) -> None:
 
 
 def test_a_head_of_fewer_than_no_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="layers must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="layers must be an integer >= 0, got -1"):
         projection_head(6, layers=-1)
 
 

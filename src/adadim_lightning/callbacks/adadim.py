@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
 from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
+from adadim_lightning.distributed import training_steps
 from adadim_lightning.functional.spectrum import Spectrum
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.objective import AdaDimLoss
@@ -89,7 +90,7 @@ class AdaDim(DimensionMonitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn how long the training is."""
-        self._steps = trainer.estimated_stepping_batches
+        self._steps = training_steps(trainer)
 
     def _plans(self) -> list[MeasuringPlan]:
         return [self.plan, self.balance_plan]

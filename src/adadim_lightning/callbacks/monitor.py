@@ -50,6 +50,8 @@ class MeasuringPlan:
     def measures(self, step: int, left_in_epoch: float, rows_per_step: int) -> bool:
         """Whether to measure this step, of which ``left_in_epoch`` more follow in the epoch."""
         distance = left_in_epoch if self.epoch_end else math.inf
+        if self.every_n_steps is None and left_in_epoch == math.inf:
+            return True  # the end of the epoch comes unannounced
         if self.every_n_steps is not None:
             distance = min(distance, -(step + 1) % self.every_n_steps)
         return distance * rows_per_step < self.window
@@ -110,6 +112,7 @@ class DimensionMonitor(Callback):
         self.recent_z = RecentRows(window, center=center)
         self.spectra: list[tuple[int, Tensor, Tensor]] = []
         self._step = 0
+        self._global_step = 0
         self._rows_per_step = 0
         self._left = math.inf
         self._measuring = False
@@ -128,6 +131,16 @@ class DimensionMonitor(Callback):
     def _identity(self) -> tuple[str | None, ...]:
         return self.representation, self.embedding, self.name
 
+    def _refuse_namesakes(self, trainer: Trainer) -> None:
+        """Two monitors under one name would log the mean of their values."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            twin = isinstance(other, DimensionMonitor) and other is not self and other.name == self.name
+            if twin and other._identity() != self._identity():
+                raise ValueError(
+                    f"two monitors, of {self.representation!r} and of {other.representation!r}, log under the "
+                    'same names; give one of them name="..."'
+                )
+
     def _key(self, key: str) -> str:
         return f"{self.name}/{key}" if self.name else key
 
@@ -139,6 +152,8 @@ class DimensionMonitor(Callback):
             isinstance(other, DimensionMonitor) and other.steers and other._identity() == self._identity()
             for other in trainer.callbacks  # type: ignore[attr-defined]
         )
+        if not self._silent:
+            self._refuse_namesakes(trainer)
         self._tap_r = Tap.open(pl_module, self.representation, self)
         self._tap_z = Tap.open(pl_module, self.embedding, self)
 
@@ -165,10 +180,12 @@ class DimensionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Ask for R and Z if this step is one to measure."""
+        self._global_step = trainer.global_step
         self._left = trainer.num_training_batches - 1 - batch_idx
         if trainer.max_steps >= 0:
             steps = trainer.max_steps - trainer.global_step
-            self._left = min(self._left, steps * trainer.accumulate_grad_batches - 1)
+            accumulated = trainer.accumulate_grad_batches
+            self._left = min(self._left, steps * accumulated - batch_idx % accumulated - 1)
         # While the rows of a step are unknown (0) every plan says yes: the first step is read to count them.
         self._measuring = not self._silent and any(
             plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()
@@ -188,8 +205,7 @@ class DimensionMonitor(Callback):
             if isinstance(guard, FiniteGuard):
                 guard.check()
             r_views, z_views = self._tap_r.read(), self._tap_z.read()
-            if not all(bool(torch.isfinite(x).all()) for x in (*r_views, *z_views)):
-                raise NonFiniteError(self._step)
+            self._check_finite(*r_views, *z_views)
             if self._rows_per_step == 0:
                 self._rows_per_step = sum(map(len, r_views)) * world_size()
             if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
@@ -201,6 +217,14 @@ class DimensionMonitor(Callback):
             assert tap is not None
             tap.release(self)
         self._step += 1
+
+    def _check_finite(self, *outputs: Tensor) -> None:
+        """Raise NonFiniteError on every process if one of them has a NaN or infinity."""
+        bad = torch.stack([~torch.isfinite(x).all() for x in outputs]).any().int()
+        if world_size() > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bad:
+            raise NonFiniteError(self._global_step)
 
     @torch.no_grad()
     def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
@@ -253,12 +277,14 @@ class DimensionMonitor(Callback):
 
     def _keep_spectra(self, epoch: int, *eigenvalues: Tensor) -> None:
         """Keep the spectra of this epoch; of a long run, of every second, fourth ... epoch."""
-        if epoch % self._keep_every == 0:
-            r, z = (x.to("cpu", torch.float32) for x in eigenvalues)
-            self.spectra.append((epoch, r, z))
-        if len(self.spectra) > MOST_SNAPSHOTS:
+        # The last one is always kept, to be replaced by the next if it is not one of those.
+        if self.spectra and self.spectra[-1][0] % self._keep_every:
+            self.spectra.pop()
+        if len(self.spectra) >= MOST_SNAPSHOTS:
             self._keep_every *= 2
             self.spectra = [snapshot for snapshot in self.spectra if snapshot[0] % self._keep_every == 0]
+        r, z = (x.to(torch.float32).cpu() for x in eigenvalues)
+        self.spectra.append((epoch, r, z))
 
     # Checkpoint.
 

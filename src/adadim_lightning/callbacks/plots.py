@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from adadim_lightning.callbacks.monitor import DimensionMonitor
 
@@ -45,7 +45,10 @@ class DynamicsPlot(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is."""
-        self._write(trainer)
+        try:
+            self._write(trainer)
+        except OSError as error:  # the exception that ended the fit matters more
+            rank_zero_warn(f"dynamics.png and spectra.npz could not be written: {error}")
 
     @rank_zero_only
     def _write(self, trainer: Trainer) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torchmetrics.classification import MulticlassAccuracy
 
-from adadim_lightning.distributed import gather_rows, world_size
+from adadim_lightning.distributed import gather_rows, training_steps, world_size
+from adadim_lightning.functional._numeric import no_autocast
 from adadim_lightning.metrics import KNNAccuracy
 from adadim_lightning.tap import Tap
 
@@ -97,6 +98,7 @@ class OnlineProbe(Callback):
     def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
         assert self._tap is not None
         r = torch.cat(self._tap.read()).float()
+        self._tap.release(self)
         return r, labels_of(batch, len(r))
 
     def _log(self, pl_module: LightningModule, key: str, value: Tensor) -> None:
@@ -173,7 +175,7 @@ class OnlineLinearProbe(OnlineProbe):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn how long the training is."""
-        self._steps = trainer.estimated_stepping_batches
+        self._steps = training_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -187,7 +189,7 @@ class OnlineLinearProbe(OnlineProbe):
         progress = min(trainer.global_step / self._steps, 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * (1 + math.cos(math.pi * progress)) / 2
-        with torch.enable_grad(), torch.autocast(r.device.type, enabled=False):
+        with torch.enable_grad(), no_autocast(r):
             loss = nn.functional.cross_entropy(self.probe(r), labels)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -224,7 +226,7 @@ class OnlineLinearProbe(OnlineProbe):
     def state_dict(self) -> dict[str, Any]:
         """The probe and its optimizer."""
         if self.probe is None or self._optimizer is None:
-            return {}
+            return self._state
         return {"probe": self.probe.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,4 +314,5 @@ class OnlineKNN(OnlineProbe):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._bank = state_dict["bank"]
+        # A checkpoint holds the rows of one process only; of several, each begins its bank anew.
+        self._bank = state_dict["bank"] if world_size() == 1 else []

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.data import extract_batch_size
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from adadim_lightning.distributed import world_size
@@ -37,7 +38,7 @@ def shown_values(trainer: Trainer) -> dict[str, str]:
 class Throughput(Callback):
     """Logs ``throughput/images_per_second``: images (not views) trained on per second, over all processes.
 
-    Validation and what happens between epochs are not counted.
+    What happens after the epoch's last batch, such as validation, is not counted.
     """
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,8 +51,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the images, and note the time."""
-        views = batch[0]
-        self._images += len(views[0] if isinstance(views, list | tuple) else views)
+        self._images += extract_batch_size(batch)
         if batch_idx + 1 == trainer.num_training_batches and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._seconds = time.perf_counter() - self._start
@@ -67,6 +67,8 @@ class Throughput(Callback):
 class EpochBar(RichProgressBar):
     """Rich progress bar with the epoch's alpha, H(R) and I(R;Z), on one line of 80 columns."""
 
+    _shown: dict[str, str] = {}  # noqa: RUF012 -- replaced, never changed
+
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Epoch, a short bar, batches, time left."""
         return [
@@ -80,9 +82,13 @@ class EpochBar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """The epoch's figures under the names that people read."""
-        shown = shown_values(trainer)
-        shown.pop("images/s", None)
-        return dict(shown)
+        return dict(self._shown)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the figures, once an epoch: on a device each reading waits for it."""
+        self._shown = shown_values(trainer)
+        self._shown.pop("images/s", None)
+        super().on_train_epoch_end(trainer, pl_module)
 
 
 @contextmanager

@@ -97,12 +97,17 @@ def one_line(error: BaseException) -> str:
                 hint = _nearest(candidate.key, map(str, parent), new=str(candidate.full_key))
                 return f"{where} has no key {candidate.key!r}{hint}"
     if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"cannot use {error.filename}: {error.strerror}; name another output folder by run_dir=FOLDER"
-            if error.filename2 is None
-            else str(error)
-        )
+        hint = "; name another output folder by run_dir=FOLDER" if _is_output(str(error.filename)) else ""
+        return f"cannot use {error.filename}: {error.strerror}{hint}"
     return _message(error)
+
+
+def _is_output(path: str) -> bool:
+    """Whether a path lies in the folder of the run."""
+    if not HydraConfig.initialized():
+        return True  # before a run begins, Hydra touches nothing but its folder
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return folder in (Path(path).absolute(), *Path(path).absolute().parents)
 
 
 def _message(error: BaseException) -> str:

@@ -93,6 +93,7 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
         "error": None,
         "seed": config.get("seed"),
         "overrides": list(overrides),
+        "config": OmegaConf.to_container(config),
         "run_id": uuid.uuid4().hex[:8],
         "versions": versions(),
         "optimized_metric": config.get("optimized_metric"),
@@ -117,6 +118,10 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
         first, last = read_metrics(folder / "metrics.csv")
         summary |= {"epochs": run.epochs, "seconds": round(time.perf_counter() - start, 2)}
         write_summary(folder / "summary.json", summary | last | run.evaluation)
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            # Each job of a sweep is a run of its own, and a failed one is shown as failed.
+            wandb.finish(exit_code=0 if summary["status"] == "ok" else 1)
     values = last | run.evaluation
     missing = None if config.optimized_metric in values else str(config.optimized_metric)
     with carry_on_without_output():
@@ -208,7 +213,11 @@ class Run:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
     def _image(self) -> torch.Tensor:
-        assert isinstance(self.data, InMemoryImages)
+        if not isinstance(self.data, InMemoryImages):
+            raise ValueError(
+                f"data must be made as InMemoryImages, got {type(self.data).__name__}; "
+                "with other data modules use AdaDimModule in a program of your own"
+            )
         return self.data.views.clean(self.data.train.images[:1])[0]
 
     def evaluate(self) -> None:

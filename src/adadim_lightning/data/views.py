@@ -56,4 +56,6 @@ class TwoViews(nn.Module):
         return self._normalize(images.float() / 255)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        if self.mean.device != pixels.device:
+            self.to(pixels.device)
+        return (pixels - self.mean) / self.std

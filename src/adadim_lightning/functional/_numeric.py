@@ -1,7 +1,7 @@
 """Numerical house rules that every function here follows: full precision, checked input."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,20 +19,32 @@ def float64_device(device: torch.device) -> torch.device:
 
 def to_float64(x: Tensor) -> Tensor:
     """Float64 copy of ``x``, on its own device where that is possible."""
-    return x.to(float64_device(x.device), torch.float64)
+    # Moved first, then widened: a device without float64 cannot widen on the way.
+    return x.to(float64_device(x.device)).to(torch.float64)
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """A result computed in float64, in the dtype that results on ``x`` have and on the device of ``x``."""
+    return value.to(full_precision(x).dtype).to(x.device)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Context in which mixed precision does not narrow the arithmetic on ``x``."""
-    return torch.autocast(x.device.type, enabled=False)
+    # Where a device knows no mixed precision, there is none to switch off (MPS before torch 2.5).
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def check_number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError unless ``value`` is a finite number in ``[low, high]``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type,operator]
-        limits = "" if low == -math.inf else f" >= {low:g}" if high == math.inf else f" in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
+        wanted = (
+            f"lie in [{low:g}, {high:g}]"
+            if high < math.inf
+            else "be a finite number" + (f" >= {low:g}" if low > -math.inf else "")
+        )
+        raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 
 def check_integer(name: str, value: object, *, low: int) -> None:

@@ -9,6 +9,11 @@ from adadim_lightning.functional._numeric import check_matrix, check_views, full
 from adadim_lightning.functional.information import cosine_gram
 
 
+def _check_t(t: float) -> None:
+    if not (isinstance(t, int | float) and 0 < t < math.inf):
+        raise ValueError(f"t must be > 0, got {t!r}")
+
+
 def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
     r"""How evenly the directions of vectors cover the sphere: the log of the mean Gaussian potential.
 
@@ -22,7 +27,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
         Differentiable scalar in ``[-4t, 0]``, nats; lower is more uniform, 0 is full collapse.
 
     Raises:
-        ValueError: ``x`` is not two-dimensional, has fewer than 2 rows, or holds a NaN or infinity.
+        ValueError: ``x`` is not two-dimensional, has fewer than 2 rows, or holds a NaN or infinity; ``t`` <= 0.
 
     Source: Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity
     on the hypersphere", ICML 2020.
@@ -32,6 +37,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
         tensor(-8.)
     """
     check_matrix(x)
+    _check_t(t)
     if len(x) < 2:
         raise ValueError(f"uniformity needs at least 2 rows, got {len(x)}")
     with no_autocast(x):

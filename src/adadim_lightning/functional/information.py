@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, full_precision, no_autocast, to_float64
+from adadim_lightning.functional._numeric import check_matrix, full_precision, like, no_autocast, to_float64
 
 
 def cosine_gram(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _renyi_entropy(gram: Tensor, order: float) -> Tensor:
         entropy = torch.log1p((p * torch.expm1((order - 1) * log_p)).sum()) / (1 - order)
     else:
         entropy = torch.logsumexp((order * log_p).masked_fill(~positive, -math.inf), dim=0) / (1 - order)
-    return entropy.to(gram.device, gram.dtype)
+    return like(entropy, gram)
 
 
 def matrix_entropy(x: Tensor, *, order: float = 2.0) -> Tensor:
@@ -90,7 +90,7 @@ def matrix_entropy(x: Tensor, *, order: float = 2.0) -> Tensor:
     _check_order(order)
     with no_autocast(x):
         wide = x if order == 2 else to_float64(x)
-        return _renyi_entropy(cosine_gram(wide), order).to(x.device, full_precision(x).dtype)
+        return like(_renyi_entropy(cosine_gram(wide), order), x)
 
 
 def _renyi_information(gram_r: Tensor, gram_z: Tensor, order: float) -> Tensor:
@@ -143,4 +143,4 @@ def matrix_mutual_information(r: Tensor, z: Tensor, *, order: float = 2.0) -> Te
     with no_autocast(r):
         wide_r, wide_z = (r.to(dtype), z.to(dtype)) if order == 2 else (to_float64(r), to_float64(z))
         information = _renyi_information(cosine_gram(wide_r), cosine_gram(wide_z), order)
-        return information.to(r.device, dtype)
+        return information.to(dtype).to(r.device)

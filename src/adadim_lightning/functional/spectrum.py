@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, full_precision, no_autocast, to_float64
+from adadim_lightning.functional._numeric import check_matrix, like, no_autocast, to_float64
 
 Spectrum = Literal["singular", "eigen"]
 
@@ -86,7 +86,7 @@ def spectral_entropy(x: Tensor, *, spectrum: Spectrum = "singular", center: bool
         tensor(1.3863)
     """
     entropy = _spectral_entropy_of_eigenvalues(eigenvalue_spectrum(x, center=center), spectrum)
-    return entropy.to(x.device, full_precision(x).dtype)
+    return like(entropy, x)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def effective_rank(x: Tensor, *, spectrum: Spectrum = "singular", center: bool =
         tensor(4.)
     """
     entropy = _spectral_entropy_of_eigenvalues(eigenvalue_spectrum(x, center=center), spectrum)
-    return _effective_rank_of_entropy(entropy, min(x.shape)).to(x.device, full_precision(x).dtype)
+    return like(_effective_rank_of_entropy(entropy, min(x.shape)), x)
 
 
 def _effective_rank_of_entropy(entropy: Tensor, most: int) -> Tensor:

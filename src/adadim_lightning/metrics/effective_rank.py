@@ -227,4 +227,4 @@ class EffectiveRank(RowSampleMetric):
         """Effective rank of all rows seen."""
         eigenvalues = self._spectrum()
         entropy = _spectral_entropy_of_eigenvalues(eigenvalues, self.spectrum)
-        return _effective_rank_of_entropy(entropy, len(eigenvalues)).to(self.device, torch.float32)
+        return _effective_rank_of_entropy(entropy, len(eigenvalues)).to(torch.float32).to(self.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adadim_lightning.functional._numeric import check_matrix, to_float64
-from adadim_lightning.functional.hypersphere import _row_alignment, uniformity
+from adadim_lightning.functional.hypersphere import _check_t, _row_alignment, uniformity
 from adadim_lightning.metrics._base import BaseMetric, RowSampleMetric
 
 
@@ -42,6 +42,7 @@ class Uniformity(RowSampleMetric):
 
     def __init__(self, *, t: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
+        _check_t(t)
         self.t = t
 
     def update(self, x: Tensor) -> None:
@@ -92,6 +93,7 @@ class Alignment(BaseMetric):
     def __init__(self, *, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.alpha = alpha
+        self._add_settings(alpha)
         self.add_state("total", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
 
@@ -113,4 +115,4 @@ class Alignment(BaseMetric):
         """Mean over all pairs seen."""
         if self.count == 0:
             raise ValueError("Alignment.compute() needs at least one update() before it")
-        return (self.total / self.count).to(self.device, torch.float32)
+        return (self.total / self.count).to(torch.float32).to(self.device)

@@ -1,5 +1,6 @@
 """Accuracy of the weighted nearest-neighbor vote."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from adadim_lightning.functional.neighbors import knn_predict
 from adadim_lightning.metrics._base import BaseMetric
+
+_instances = itertools.count()
 
 
 class KNNAccuracy(BaseMetric):
@@ -55,7 +58,10 @@ class KNNAccuracy(BaseMetric):
         self.chunk_size = chunk_size
         self.register_buffer("bank", None, persistent=False)
         self.register_buffer("bank_labels", None, persistent=False)
-        self._add_settings(k, temperature)
+        if k < 1 or not temperature > 0:
+            raise ValueError(f"k must be >= 1 and temperature > 0, got {k} and {temperature}")
+        # Each has a bank of its own, so no two of them may share their counts.
+        self._add_settings(next(_instances))
         self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 

@@ -88,6 +88,8 @@ class RecentRows:
         """Go on from :meth:`state_dict`."""
         self._opened = state["opened"]
         self._chunks, self._open, self._last_read = [], None, None
+        if world_size() > 1:
+            return  # a checkpoint holds the rows of one process only; of several, each begins its window anew
         for values in state["chunks"]:
             chunk = EffectiveRank(center=self.center)
             for name in STATES:

@@ -1,6 +1,7 @@
 """Backbones: images in, representations out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,18 @@ class SmallConvNet(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; frozen parts are in it before and after."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 @torch.no_grad()
 def representation_dim(backbone: nn.Module, image: Tensor) -> int:
     """d_R of a backbone, found by one forward pass in evaluation mode.
@@ -56,10 +69,8 @@ def representation_dim(backbone: nn.Module, image: Tensor) -> int:
     Raises:
         ValueError: the backbone's output is not ``(B, d_R)``.
     """
-    modes = [(module, module.training) for module in backbone.modules()]
-    output = backbone.eval()(image[None])
-    for module, training in modes:
-        module.training = training
+    with evaluating(backbone):
+        output = backbone(image[None])
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the backbone must put out one tensor (B, d_R), got {found}")
