@@ -152,6 +152,8 @@ def check_config(config: DictConfig) -> None:
         value = config.trainer.get(key)
         if value is not None and value != -1:
             check_integer(f"trainer.{key}", value, low=low)
+    if config.trainer.get("limit_train_batches") == 0:
+        raise ValueError("nothing would be trained: trainer.limit_train_batches is 0")
     if config.trainer.max_epochs is None and config.trainer.max_steps in (None, -1):
         raise ValueError("trainer.max_epochs must be a number of epochs; null would mean Lightning's 1000")
 
