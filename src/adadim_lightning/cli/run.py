@@ -132,7 +132,7 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
 @rank_zero_only
 def check_unused(folder: Path) -> None:
     """Raise ValueError if the folder holds a run already: their files would mix."""
-    if any((folder / name).exists() for name in ("summary.json", "metrics.csv", "checkpoints")):
+    if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):
         raise ValueError(f"{folder} holds a run already; name another folder by run_dir=FOLDER, or delete it")
 
 
