@@ -1,12 +1,14 @@
 """The AdaDim objective: decorrelation, uniformity and information, mixed by alpha and beta."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from adadim_lightning.distributed import gather_rows
+from adadim_lightning.distributed import gather_rows, world_size
 from adadim_lightning.functional._numeric import (
     check_bool,
     check_number,
@@ -17,6 +19,8 @@ from adadim_lightning.functional._numeric import (
 from adadim_lightning.functional.contrastive import _check_temperature, _nt_xent_of_gram
 from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
 from adadim_lightning.functional.information import _check_order, _renyi_information, cosine_gram
+
+_GRADIENT_SCALE = 1024.0
 
 
 class ObjectiveOutput(NamedTuple):
@@ -139,7 +143,17 @@ class AdaDimLoss(nn.Module):
         self.alpha.fill_(alpha)
         self.beta.fill_(self.gamma * phase)
 
-    def forward(self, r1: Tensor, r2: Tensor, z1: Tensor, z2: Tensor) -> ObjectiveOutput:
+    def forward(
+        self,
+        r1: Tensor,
+        r2: Tensor,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        decorrelation: Tensor | None = None,
+        uniformity: Tensor | None = None,
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> ObjectiveOutput:
         """Compute the objective of two views of N images.
 
         Args:
@@ -147,6 +161,9 @@ class AdaDimLoss(nn.Module):
             r2: that of the second view, the same shape.
             z1: embedding of the first view, shape ``(N, d_Z)``.
             z2: that of the second view, the same shape.
+            decorrelation: another loss in VICReg's place, a differentiable scalar.
+            uniformity: another loss in NT-Xent's place, a differentiable scalar.
+            embeddings: where ``kappa="match"`` compares the gradients, if not at ``z1`` and ``z2``.
 
         Returns:
             The total and its named parts, in float32 or wider.
@@ -160,32 +177,35 @@ class AdaDimLoss(nn.Module):
             raise ValueError(f"R and Z must have the same number of rows, got {len(r1)} and {len(z1)}")
         with no_autocast(z1):
             dtype = torch.promote_types(full_precision(r1).dtype, full_precision(z1).dtype)
-            r1, r2, z1, z2 = gather_rows(*(x.to(dtype) for x in (r1, r2, z1, z2)))
-            vicreg = _vicreg_parts(
-                z1,
-                z2,
-                eps=self.eps,
-                halve_variance=self.halve_variance,
-                invariance_reduction=self.invariance_reduction,
-            )
-            decorrelation = sum((w * part for w, part in zip(self.weights, vicreg, strict=True)), z1.new_zeros(()))
+            r1, r2, z1, z2 = (x.to(dtype) for x in (r1, r2, z1, z2))
+            embeddings = (z1, z2) if embeddings is None else embeddings
+            r1, r2, z1, z2 = gather_rows(r1, r2, z1, z2)
+            parts: dict[str, Tensor] = {}
+            if decorrelation is None:
+                vicreg = _vicreg_parts(
+                    z1,
+                    z2,
+                    eps=self.eps,
+                    halve_variance=self.halve_variance,
+                    invariance_reduction=self.invariance_reduction,
+                )
+                parts = vicreg._asdict()
+                decorrelation = sum(
+                    (w * part for w, part in zip(self.weights, vicreg, strict=True)), z1.new_zeros(())
+                )
             gram_z = cosine_gram(torch.cat([z1, z2]))
-            uniformity = _nt_xent_of_gram(gram_z, self.temperature)
+            if uniformity is None:
+                uniformity = _nt_xent_of_gram(gram_z, self.temperature)
             information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
             if self.match_gradients and self.training and decorrelation.requires_grad:
-                self._match_gradients(decorrelation, uniformity, z1, z2)
+                self._match_gradients(decorrelation, uniformity, embeddings)
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,
                 "uniformity": self.alpha * self.kappa * uniformity,
                 "information": self.beta * information,
             }
             total = weighted["decorrelation"] + weighted["uniformity"] + weighted["information"]
-        parts = {
-            "decorrelation": decorrelation,
-            **vicreg._asdict(),
-            "uniformity": uniformity,
-            "information": information,
-        }
+        parts |= {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
         return ObjectiveOutput(
             total,
             {name: value.detach() for name, value in parts.items()},
@@ -193,14 +213,22 @@ class AdaDimLoss(nn.Module):
         )
 
     @torch.no_grad()
-    def _match_gradients(self, decorrelation: Tensor, uniformity: Tensor, z1: Tensor, z2: Tensor) -> None:
+    def _match_gradients(self, decorrelation: Tensor, uniformity: Tensor, embeddings: Sequence[Tensor]) -> None:
         """Move kappa to the ratio of the running gradient norms; their common start-up bias cancels in it."""
-        norms = torch.stack(
-            [
-                torch.cat(torch.autograd.grad(part, (z1, z2), retain_graph=True)).norm()
-                for part in (decorrelation, uniformity)
-            ]
-        )
+        squares = []
+        for part in (decorrelation, uniformity):
+            # Half precision would round small gradients to zero.
+            scale = torch.full_like(part, _GRADIENT_SCALE)
+            gradients = torch.autograd.grad(part, embeddings, scale, retain_graph=True, allow_unused=True)
+            used = [x for x in gradients if x is not None]
+            if not used:
+                raise ValueError('kappa="match" needs losses of Z, but one of them does not depend on it')
+            squares.append(torch.stack([(x.float() / _GRADIENT_SCALE).square().sum() for x in used]).sum())
+        total = torch.stack(squares)
+        if world_size() > 1:
+            dist.all_reduce(total)
+        # The gradients at the rows of one process are those of its mean with the others, times their number.
+        norms = total.sqrt() / world_size()
         self.gradient_norms.lerp_(norms.to(self.gradient_norms.dtype), 0.1)
         tiny = torch.finfo(self.gradient_norms.dtype).tiny
         self.kappa.copy_(self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny))

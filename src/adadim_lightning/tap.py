@@ -1,12 +1,55 @@
-"""Reads what a submodule puts out while the model runs, without a second forward pass."""
+"""Reads R and Z out of any module while it runs, without a second forward pass."""
 
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, compress
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from adadim_lightning.discovery import Survey, find_embedding, find_representation, tensors_of
+
+Source = str | Callable[[Any, Any, Any], Tensor | Sequence[Tensor]]
+"""Where R or Z comes from: the dotted name of a submodule, ``name[key]`` for one entry of what it puts out, the
+key of an entry of what ``training_step`` returns, or a function ``(module, batch, outputs)`` that is called after
+``training_step`` and returns the rows, or a list with the rows of each view."""
+
+Pool = Literal["class", "mean"]
+
 _taps: WeakKeyDictionary[nn.Module, "Tap"] = WeakKeyDictionary()
+
+
+class Call(NamedTuple):
+    """One call of a tapped submodule.
+
+    Attributes:
+        output: what it put out, copied: a head may begin by an activation in place.
+        original: what it put out itself, where a reader wanted the graph.
+        size: pixels of an image or number of tokens of its input; 0 for others.
+        trained: whether gradients were on; a momentum branch runs without.
+    """
+
+    output: Any
+    original: Any
+    size: int
+    trained: bool
+
+
+def _copy(output: Any, graph: bool) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone() if graph else output.detach().clone()
+    return {key: x.clone() if graph else x.detach().clone() for key, x in tensors_of(output)}
+
+
+def _size(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+    for x in (*inputs, *named.values()):
+        if isinstance(x, Tensor) and x.ndim >= 3:
+            return math.prod(x.shape[2:]) if x.ndim > 3 else x.shape[1]
+    return 0
 
 
 class Tap:
@@ -20,9 +63,16 @@ class Tap:
         self.name = name
         self._submodule = submodule
         self._readers: set[object] = set()
-        self._recording: set[object] = set()
-        self._outputs: list[Tensor] = []
+        self._wanted: dict[object, bool] = {}
+        # Plain attributes: the hook is also traced by compilers.
+        self._recording = False
+        self._graph = False
+        self._calls: list[Call] = []
         self._hook: RemovableHandle | None = None
+
+    def __deepcopy__(self, memo: Any) -> "Tap":
+        # A copy of the model, such as a teacher, is not tapped.
+        return Tap(nn.Identity(), self.name)
 
     @classmethod
     def open(cls, module: nn.Module, name: str, reader: object) -> "Tap":
@@ -37,19 +87,13 @@ class Tap:
             The tap of this submodule.
 
         Raises:
-            ValueError: the model has no submodule of that name; the message lists those it has.
+            AttributeError: the model has no submodule of that name.
         """
-        try:
-            submodule = module.get_submodule(name)
-        except AttributeError:
-            children = ", ".join(child for child, _ in module.named_children()) or "none"
-            raise ValueError(
-                f"{type(module).__name__} has no submodule named {name!r}; its submodules are: {children}"
-            ) from None
+        submodule = module.get_submodule(name)
         tap = _taps.setdefault(submodule, cls(submodule, name))
         tap._readers.add(reader)
         if tap._hook is None:
-            tap._hook = submodule.register_forward_hook(tap._on_forward)
+            tap._hook = submodule.register_forward_hook(tap._on_forward, with_kwargs=True)
         return tap
 
     def close(self, reader: object) -> None:
@@ -61,31 +105,320 @@ class Tap:
             self._hook = None
             _taps.pop(self._submodule, None)
 
-    def record(self, reader: object, wanted: bool) -> None:
+    def record(self, reader: object, wanted: bool, *, graph: bool = False) -> None:
         """Begin a step: forget the step before, and keep the outputs of this one if they are wanted."""
-        (self._recording.add if wanted else self._recording.discard)(reader)
-        self._outputs = []
+        if wanted:
+            self._wanted[reader] = graph
+        else:
+            self._wanted.pop(reader, None)
+        self._recording = bool(self._wanted)
+        self._graph = any(self._wanted.values())
+        self._calls = []
 
     def release(self, reader: object) -> None:
         """End a step for this reader; the outputs go with the last that wanted them."""
-        self._recording.discard(reader)
-        if not self._recording:
-            self._outputs = []
+        self._wanted.pop(reader, None)
+        self._graph = any(self._wanted.values())
+        if not self._wanted:
+            self._recording = False
+            self._calls = []
 
-    def _on_forward(self, submodule: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _on_forward(
+        self, submodule: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
         if self._recording:
-            if not isinstance(output, Tensor) or output.ndim != 2:
-                found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"the submodule {self.name!r} must put out one tensor (N, d), got {found}")
-            # A copy: a head may begin by an activation in place.
-            self._outputs.append(output.detach().clone())
+            copy = _copy(output, self._graph)
+            original = output if self._graph else None
+            self._calls.append(Call(copy, original, _size(inputs, named), torch.is_grad_enabled()))
 
-    def read(self) -> list[Tensor]:
-        """Outputs of the step, one for each call of the submodule, detached.
+    def read(self) -> list[Call]:
+        """The calls of the step: those of the student, where the submodule was called with and without gradients.
 
         Raises:
             RuntimeError: the submodule was not called in this step.
         """
-        if not self._outputs:
-            raise RuntimeError(f"the submodule {self.name!r} was not called in this training step")
-        return self._outputs
+        if not self._calls:
+            raise RuntimeError(f"the submodule {self.name!r} was not called in this step")
+        return [call for call in self._calls if call.trained] or self._calls
+
+
+class _Piece(NamedTuple):
+    """Rows that came in one call."""
+
+    rows: Tensor
+    size: int
+    originals: list[Tensor]
+    is_view: bool = False
+
+
+class Views(NamedTuple):
+    """What a :class:`Feed` reads of one source.
+
+    Attributes:
+        rows: shape ``(N, d)`` for each view.
+        originals: what the source itself put out for them, where the graph was wanted.
+    """
+
+    rows: list[Tensor]
+    originals: list[Tensor]
+
+
+def _as_rows(x: Tensor, pool: Pool | None, label: str) -> Tensor:
+    if x.ndim >= 2 and x.shape[2:].numel() == 1:
+        return x.flatten(1)
+    if x.ndim == 3 and pool is not None:
+        return x[:, 0] if pool == "class" else x.mean(1)
+    if x.ndim == 4 and pool == "mean":
+        return x.mean((2, 3))
+    advice = {3: 'pool="class" or "mean" makes rows of tokens', 4: 'pool="mean" makes rows of maps'}
+    raise ValueError(
+        f"{label} must put out rows (N, d), got {tuple(x.shape)}; "
+        + advice.get(x.ndim, "name another submodule or give a function")
+    )
+
+
+def _entry(output: Any, key: str | None, label: str) -> tuple[Any, Tensor]:
+    """Key and tensor of the entry asked for, or of the only one."""
+    entries = dict(tensors_of(output))
+    if key is not None:
+        for found, x in entries.items():
+            if str(found) == key:
+                return found, x
+    elif len(entries) == 1:
+        return next(iter(entries.items()))
+    keys = ", ".join(f"{label}[{found}] {tuple(x.shape)}" for found, x in entries.items() if found is not None)
+    raise ValueError(
+        f"{label} put out no {key!r}; it has: {keys or 'one tensor'}"
+        if key is not None
+        else f"{label} put out {type(output).__name__}; name one entry of it: {keys or 'it has no tensor'}"
+    )
+
+
+def images_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of two or more dimensions in a batch, whatever it looks like, in their order."""
+    if isinstance(batch, Tensor):
+        if batch.ndim > 1:
+            yield batch
+    elif isinstance(batch, Mapping):
+        yield from chain.from_iterable(map(images_of, batch.values()))
+    elif isinstance(batch, list | tuple):
+        yield from chain.from_iterable(map(images_of, batch))
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """Number of images of a batch: the rows of its first tensor of two or more dimensions."""
+    return next((len(images) for images in images_of(batch)), None)
+
+
+def _recut(pieces: list[_Piece], sizes: list[int]) -> list[_Piece]:
+    """The same rows in pieces of other sizes; the first piece then stands for the calls they came in."""
+    if [len(piece.rows) for piece in pieces] == sizes:
+        return pieces
+    originals = [x for piece in pieces for x in piece.originals]
+    rows = torch.split(torch.cat([piece.rows for piece in pieces]), sizes)
+    return [_Piece(x, 0, originals if i == 0 else []) for i, x in enumerate(rows)]
+
+
+def _cut_into_views(pieces: list[_Piece], images: int | None) -> Views:
+    rows: list[Tensor] = []
+    for piece in pieces:
+        several = images and not piece.is_view and len(piece.rows) > images and len(piece.rows) % images == 0
+        rows += torch.split(piece.rows, images) if images and several else [piece.rows]
+    return Views(rows, [x for piece in pieces for x in piece.originals])
+
+
+class Feed:
+    """R, or R and Z, of each step of a module: found, tapped, and lined up view by view.
+
+    Sources of one feed see the same images in the same order: in a call for each view, in one call with the views
+    below each other, or anything between. Of crops of several sizes the largest are read.
+
+    Args:
+        representation: where R comes from; by default found by the names of the submodules.
+        embedding: where Z comes from, likewise; False for a feed of R alone.
+        pool: makes rows of tokens ``(N, T, d)``: the first, which is the class token, or the mean of all; and of
+            maps ``(N, d, H, W)``: the mean.
+    """
+
+    def __init__(
+        self,
+        representation: Source | None,
+        embedding: Source | Literal[False] | None = False,
+        pool: Pool | None = None,
+    ) -> None:
+        if pool not in (None, "class", "mean"):
+            raise ValueError(f'pool must be "class", "mean" or None, got {pool!r}')
+        for name, source in (("representation", representation), ("embedding", embedding)):
+            if not (source is None or source is False or isinstance(source, str) or callable(source)):
+                raise ValueError(f"{name} must be a name or a function, got {source!r}")
+        self.representation = representation
+        self.embedding = embedding
+        self.pool = pool
+        self._module: Any = None
+        self._sources: list[Source] = []
+        self._taps: list[tuple[Tap, str | None] | None] = []
+        self._survey: Survey | None = None
+        self._problem: str | None = None
+
+    def names(self, module: nn.Module) -> list[Source]:
+        """The sources, found where they were left out.
+
+        Raises:
+            LookupError: one was left out and none or several modules have such a name.
+        """
+        representation = find_representation(module) if self.representation is None else self.representation
+        if self.embedding is False:
+            return [representation]
+        if self.embedding is not None:
+            return [representation, self.embedding]
+        return [
+            representation,
+            find_embedding(module, representation if isinstance(representation, str) else None),
+        ]
+
+    def open(self, module: nn.Module) -> None:
+        """Place the taps; what cannot be found is an error of the first reading, which knows all shapes."""
+        self._module = module
+        self._problem = None
+        try:
+            self._sources = self.names(module)
+        except LookupError as error:
+            self._problem = str(error)
+            self._sources = []
+        self._taps = [self._tap(source) for source in self._sources]
+        if self._survey is None:
+            self._survey = Survey(module)
+
+    def _tap(self, source: Source) -> tuple[Tap, str | None] | None:
+        if not isinstance(source, str):
+            return None
+        parts = re.fullmatch(r"([^\[\]]+)(?:\[(.+)\])?", source)
+        if parts is None:
+            return None
+        try:
+            return Tap.open(self._module, parts[1], self), parts[2]
+        except AttributeError:
+            return None
+
+    def submodule(self, module: nn.Module) -> nn.Module:
+        """The submodule that R comes from.
+
+        Raises:
+            ValueError: R does not come from a submodule.
+        """
+        if self._problem is not None:
+            raise ValueError(self._problem)
+        if self._taps[0] is None:
+            raise ValueError(
+                f"{self._label(0)} is no submodule of {type(module).__name__}, but a probe with a loader of its "
+                "own needs one that makes R of images"
+            )
+        return module.get_submodule(self._taps[0][0].name)
+
+    def record(self, wanted: bool, *, graph: bool = False) -> None:
+        """Begin a step."""
+        for tap in self._taps:
+            if tap is not None:
+                tap[0].record(self, wanted, graph=graph)
+
+    def release(self) -> None:
+        """End a step."""
+        for tap in self._taps:
+            if tap is not None:
+                tap[0].release(self)
+
+    def close(self) -> None:
+        """Remove the taps."""
+        for tap in self._taps:
+            if tap is not None:
+                tap[0].close(self)
+        self._taps = []
+        self._end_survey()
+        self._module = None
+
+    def _end_survey(self) -> str:
+        if self._survey is None:
+            return ""
+        self._survey.close()
+        table = self._survey.table()
+        self._survey = None
+        return table
+
+    def read(self, batch: Any, outputs: Any) -> list[Views]:
+        """Views of R, or of R and of Z, of this step.
+
+        Args:
+            batch: the batch of the step, which tells the number of images.
+            outputs: what ``training_step`` returned.
+
+        Returns:
+            For each source its views, in the order in which the module saw them.
+
+        Raises:
+            ValueError: a source does not exist, or does not put out rows, or R and Z differ in number; in the
+                first step the message lists the submodules and the shapes of what they put out.
+            RuntimeError: a submodule was not called.
+        """
+        try:
+            if self._problem is not None:
+                raise ValueError(self._problem)
+            views = self._line_up([self._pieces(i, batch, outputs) for i in range(len(self._sources))], batch)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"{error}{self._end_survey()}") from None
+        self._end_survey()
+        return views
+
+    def _pieces(self, index: int, batch: Any, outputs: Any) -> list[_Piece]:
+        source, tap = self._sources[index], self._taps[index]
+        if tap is not None:
+            pieces = []
+            for call in tap[0].read():
+                label = repr(tap[0].name)
+                key, x = _entry(call.output, tap[1], label)
+                originals = [] if call.original is None else [dict(tensors_of(call.original))[key]]
+                pieces.append(_Piece(_as_rows(x, self.pool, label), call.size, originals))
+            return pieces
+        if isinstance(source, str):
+            label = f"the entry {source!r} of the outputs"
+            found = outputs.get(source) if isinstance(outputs, Mapping) else None
+            if found is None:
+                returned = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else "no dictionary"
+                raise ValueError(
+                    f"{type(self._module).__name__} has no submodule named {source!r}, and its training_step "
+                    f"returned no such entry but {returned}"
+                )
+        else:
+            label = f"the function {getattr(source, '__name__', source)!r}"
+            found = source(self._module, batch, outputs)
+        several = isinstance(found, list | tuple)
+        found = list(found) if several else [found]
+        for x in found:
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{label} must give a tensor (N, d) or a list of them, got {type(x).__name__}")
+        return [_Piece(_as_rows(x, self.pool, label), 0, [x], several) for x in found]
+
+    def _line_up(self, sources: list[list[_Piece]], batch: Any) -> list[Views]:
+        first, images = sources[0], batch_size_of(batch)
+        # Crops of several sizes: the largest are the global views, which every branch of the module sees.
+        size = max(piece.size for piece in first)
+        large = [piece.size == size for piece in first]
+        all_rows = [len(piece.rows) for piece in first]
+        large_rows = list(compress(all_rows, large))
+        views = [_cut_into_views(list(compress(first, large)), images)]
+        for i, pieces in enumerate(sources[1:], start=1):
+            rows = sum(len(piece.rows) for piece in pieces)
+            if rows == sum(all_rows):
+                kept = list(compress(_recut(pieces, all_rows), large))
+            elif rows == sum(large_rows):
+                kept = _recut(pieces, large_rows)
+            else:
+                raise ValueError(
+                    f"{self._label(0)} put out {sum(all_rows)} rows in this step but {self._label(i)} {rows}: "
+                    "they must see the same views"
+                )
+            views.append(_cut_into_views(kept, images))
+        return views
+
+    def _label(self, index: int) -> str:
+        source = self._sources[index]
+        return repr(source) if isinstance(source, str) else f"{getattr(source, '__name__', source)}"

@@ -1,28 +1,60 @@
 """Steers the objective by what is measured."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
 from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
 from adadim_lightning.distributed import training_steps
+from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
 from adadim_lightning.metrics.window import RecentRows
-from adadim_lightning.objective import AdaDimLoss
+from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
+from adadim_lightning.steering import NATIVE_LOSSES, NativeLoss, Target, loss_of, replace_loss, steered_loss
+from adadim_lightning.tap import Feed, Pool, Source
 
 
 class AdaDim(DimensionMonitor):
-    """Moves alpha and beta of the model's :class:`~adadim_lightning.AdaDimLoss` during training.
+    r"""Steers a model's loss between decorrelation and uniformity by the measured effective rank of Z.
+
+    What it steers, :math:`L_\text{native}` being the model's own loss:
+
+    - Without ``native_loss`` and ``target``: alpha and beta of the :class:`~adadim_lightning.AdaDimLoss` that is
+      found in the model.
+    - ``native_loss="sample_contrastive"`` (SimCLR, MoCo, DCL, NNCLR ...):
+      :math:`\alpha \kappa L_\text{native} + (1 - \alpha) L_\text{VICReg} + \beta I_2(R; Z)`.
+    - ``native_loss="dimension_contrastive"`` (VICReg, Barlow Twins, W-MSE ...):
+      :math:`(1 - \alpha) L_\text{native} + \alpha \kappa L_\text{NT-Xent} + \beta I_2(R; Z)`.
+    - ``native_loss="other"`` (BYOL, DINO, MAE ...): :math:`L_\text{native}` + ``weight`` times the whole of
+      :class:`~adadim_lightning.AdaDimLoss`; of a single view, that of the view with itself.
+    - ``target="criterion.alpha"``: writes alpha to this attribute of the model, and leaves its loss alone.
+
+    The model needs no change: the loss that its ``training_step`` returns is replaced while the fit lasts, from R
+    and Z of the same forward pass, so accumulation and the scale of mixed precision apply to the added terms too.
+    Of more than two views the added terms are the mean over all pairs.
 
     It is a :class:`DimensionMonitor` too, and logs what that logs; beside it, ``balance/alpha`` and
-    ``balance/beta``, as they were at the end of the epoch.
+    ``balance/beta``, as they were at the end of the epoch, and with ``native_loss`` the epoch's means of
+    ``loss/native``, ``loss/total`` and the parts, ``loss_weighted/...`` being what enters the total.
 
     Args:
-        representation: dotted name of the submodule that puts out R, shape ``(N, d_R)``.
-        embedding: dotted name of the submodule that puts out Z, shape ``(N, d_Z)``.
+        representation: where R comes from, as for :class:`DimensionMonitor`.
+        embedding: where Z comes from.
+        native_loss: what kind of loss the model has, if it has no ``AdaDimLoss``.
+        target: dotted name of a number or a one-element tensor of the model that takes alpha.
+        observe: change nothing, but log what it would do; the parts of the loss then are means over the measured
+            steps. The only way with a model that optimizes by hand.
+        objective: the added terms and gamma, with ``native_loss`` or ``observe``.
+        weight: of the added objective with ``native_loss="other"``.
+        momentum: sources of R and Z of the momentum branch, for a model whose student sees one view of each image
+            (MoCo): they are the second view. Their rows must be in the order of the student's.
+        pool: makes rows of tokens or maps, as for :class:`DimensionMonitor`.
         balance: how alpha and beta move, and how Z is measured for it; AdaDim's rule by default.
         every_n_steps: longest time between the readings that are logged.
         window: rows behind a reading that is logged.
@@ -31,21 +63,30 @@ class AdaDim(DimensionMonitor):
         name: prefix of the log names and of the state in the checkpoint.
 
     Raises:
-        ValueError: the model has no ``AdaDimLoss``, or more than one.
+        ValueError: there is no ``AdaDimLoss``, or more than one, and nothing else to steer is named; the target is
+            no number; the model optimizes by hand and its loss were to be steered; the student sees one view.
+        NonFiniteError: R or Z holds a NaN or infinity while the loss is steered.
 
-    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576.
+    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576; ``native_loss`` and ``target`` are ours.
 
     Example:
-        >>> callback = AdaDim("backbone", "head", balance=Balance(EffectiveRankSchedule("dim")))
+        >>> callback = AdaDim("backbone", "projection_head", native_loss="sample_contrastive")
     """
 
     steers = True
 
     def __init__(
         self,
-        representation: str = "backbone",
-        embedding: str = "projection_head",
+        representation: Source | None = None,
+        embedding: Source | None = None,
         *,
+        native_loss: NativeLoss | None = None,
+        target: str | None = None,
+        observe: bool = False,
+        objective: AdaDimLoss | None = None,
+        weight: float = 1.0,
+        momentum: tuple[Source, Source] | None = None,
+        pool: Pool | None = None,
         balance: Balance | None = None,
         every_n_steps: int = 50,
         window: int = 4096,
@@ -56,12 +97,27 @@ class AdaDim(DimensionMonitor):
         super().__init__(
             representation,
             embedding,
+            pool=pool,
             every_n_steps=every_n_steps,
             window=window,
             spectrum=spectrum,
             center=center,
             name=name,
         )
+        check_bool("observe", observe)
+        check_number("weight", weight, low=0)
+        if native_loss is not None and native_loss not in NATIVE_LOSSES:
+            raise ValueError(f"native_loss must be one of {', '.join(NATIVE_LOSSES)}, got {native_loss!r}")
+        if native_loss is not None and target is not None:
+            raise ValueError("native_loss changes the loss and target leaves it alone; give one of them")
+        if objective is not None and native_loss is None and not observe:
+            raise ValueError("objective goes with native_loss or observe; the model's own AdaDimLoss is found")
+        self.native_loss = native_loss
+        self.target = target
+        self.observe = observe
+        self.weight = weight
+        self.momentum = None if momentum is None else Feed(*momentum, pool=pool)
+        self.objective = objective if objective is not None else AdaDimLoss()
         self.balance = balance if balance is not None else Balance(EffectiveRankSchedule())
         # What alpha is read from: the rows that are logged, or others where the balance asks for them.
         self.balance_plan = MeasuringPlan(
@@ -73,24 +129,116 @@ class AdaDim(DimensionMonitor):
             self.recent_z if self.shares_rows else RecentRows(self.balance.window, center=self.balance.center)
         )
         self._objective: AdaDimLoss | None = None
+        self._target: Target | None = None
         self._steps: float = math.inf
         self._values: tuple[float, float] | None = None
+        self._batch: Any = None
+        self._views: list[list[Tensor]] | None = None
+        self._undo: Callable[[], None] | None = None
+
+    @property
+    def alters_loss(self) -> bool:
+        """Whether what is measured enters the loss that is trained."""
+        return not self.observe and self.target is None
+
+    @property
+    def _adds_terms(self) -> bool:
+        return self.native_loss is not None and not self.observe
+
+    def _find_objective(self, pl_module: LightningModule) -> AdaDimLoss | None:
+        """The objective that alpha and beta belong to; None where only a target takes alpha."""
+        owner = type(pl_module).__name__
+        own = [module for module in pl_module.modules() if isinstance(module, AdaDimLoss)]
+        if self.native_loss is not None:
+            if own:
+                raise ValueError(f"the loss of {owner} is an AdaDimLoss, which AdaDim steers without native_loss")
+            if self._adds_terms and not pl_module.automatic_optimization:
+                raise ValueError(
+                    f"{owner} optimizes by hand (automatic_optimization = False), so its loss cannot be changed "
+                    "from outside; use observe=True, or target=... if it has an alpha, or make AdaDimLoss its loss"
+                )
+            return self.objective
+        if self.target is not None:
+            return None
+        if len(own) == 1:
+            return own[0]
+        if self.observe:
+            return self.objective
+        raise ValueError(
+            f"AdaDim steers one AdaDimLoss, but {owner} has {len(own)}; say what its own loss is by native_loss="
+            f"{', '.join(map(repr, NATIVE_LOSSES))}, name an alpha that it has by target=..., or use "
+            "DimensionMonitor to observe"
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the objective, and place the taps."""
-        objectives = [module for module in pl_module.modules() if isinstance(module, AdaDimLoss)]
-        if len(objectives) != 1:
-            raise ValueError(
-                f"AdaDim steers one AdaDimLoss, but {type(pl_module).__name__} has {len(objectives)}; "
-                "make AdaDimLoss the loss of the module, or use DimensionMonitor to observe"
-            )
-        self._objective = objectives[0]
+        """Find what is steered, and place the taps."""
+        self._objective = self._find_objective(pl_module)
+        self._target = None if self.target is None else Target(pl_module, self.target)
         self._values = None
         super().on_fit_start(trainer, pl_module)
+        if self.momentum is not None:
+            self.momentum.open(pl_module)
+        if self._adds_terms:
+            self._undo = replace_loss(pl_module, partial(self._total, pl_module), self._record)
+
+    def _close(self) -> None:
+        super()._close()
+        if self.momentum is not None:
+            self.momentum.close()
+        if self._undo is not None:
+            self._undo()
+        self._undo = self._batch = self._views = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn how long the training is."""
         self._steps = training_steps(trainer)
+        self.objective.to(pl_module.device)
+
+    # The loss of a module that has its own.
+
+    def _record(self) -> None:
+        wanted = self._measuring or self._adds_terms
+        self.feed.record(wanted, graph=self._adds_terms)
+        if self.momentum is not None:
+            self.momentum.record(wanted)
+
+    def _steered(self, native: Tensor, batch: Any, outputs: Any) -> ObjectiveOutput:
+        assert self.native_loss is not None
+        r, z = self.feed.read(batch, outputs)
+        self._views = [[x.detach() for x in views.rows] for views in (r, z)]
+        rows_r, rows_z = r.rows, z.rows
+        if len(rows_r) == 1 and self.momentum is not None:
+            momentum_r, momentum_z = self.momentum.read(batch, outputs)
+            rows_r, rows_z = rows_r + momentum_r.rows[-1:], rows_z + momentum_z.rows[-1:]
+        return steered_loss(
+            self.native_loss,
+            native,
+            rows_r,
+            rows_z,
+            self.objective,
+            weight=self.weight,
+            embeddings=z.originals if self._adds_terms and NATIVE_LOSSES[self.native_loss] else None,
+        )
+
+    def _total(self, pl_module: LightningModule, native: Tensor, outputs: Any) -> Tensor:
+        output = self._steered(native, self._batch, outputs)
+        self._log_loss(pl_module, output)
+        return output.total
+
+    def _log_loss(self, pl_module: LightningModule, output: ObjectiveOutput) -> None:
+        values = {"loss/total": output.total.detach()}
+        values |= {f"loss/{name}": value for name, value in output.parts.items()}
+        values |= {f"loss_weighted/{name}": value for name, value in output.weighted.items()}
+        pl_module.log_dict(
+            {self._key(key): value for key, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
+        )
+
+    def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
+        return self._views if self._views is not None else super()._read(batch, outputs)
 
     def _plans(self) -> list[MeasuringPlan]:
         return [self.plan, self.balance_plan]
@@ -99,12 +247,18 @@ class AdaDim(DimensionMonitor):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set alpha and beta for this step."""
-        progress = min(trainer.global_step / self._steps, 1.0) if math.isfinite(self._steps) else math.nan
+        # By hand, a module may step several optimizers in one batch.
+        done = trainer.global_step if pl_module.automatic_optimization else self._step
+        progress = min(done / self._steps, 1.0) if math.isfinite(self._steps) else math.nan
         values = self.balance(progress, trainer.current_epoch)
         if values != self._values:
-            assert self._objective is not None
-            self._objective.set_balance(*values)
+            # An objective of the model itself is left alone when observing.
+            if self._objective is not None and not (self.observe and self._objective is not self.objective):
+                self._objective.set_balance(*values)
+            if self._target is not None and not self.observe:
+                self._target.write(values[0])
             self._values = values
+        self._batch = batch
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
@@ -121,11 +275,22 @@ class AdaDim(DimensionMonitor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take in a measured step, and renew the statistics when it is time."""
+        native = loss_of(outputs)
+        if self._measuring and self.observe and self.native_loss is not None and native is not None:
+            if pl_module.automatic_optimization:
+                native = native * trainer.accumulate_grad_batches
+            with torch.no_grad():
+                self._log_loss(pl_module, self._steered(native, batch, outputs))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.momentum is not None:
+            self.momentum.release()
+        self._batch = self._views = None
         if self.balance_plan.reads_after(self._step - 1):
             self._renew_statistics(trainer)
 
     def _renew_statistics(self, trainer: Trainer) -> None:
+        if self.balance_z.empty or not self._information:
+            return  # every step so far had a NaN or infinity
         eigenvalues_z, rows, dim_z = self.balance_z.read()
         eigenvalues_r, _, dim_r = self.recent_r.read()
         statistics = Statistics(
@@ -142,22 +307,27 @@ class AdaDim(DimensionMonitor):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch, and renew the statistics if that is when it is done."""
         super().on_train_epoch_end(trainer, pl_module)
-        assert self._objective is not None
-        self._log(
-            pl_module,
-            {"balance/alpha": float(self._objective.alpha), "balance/beta": float(self._objective.beta)},
-        )
-        if self.balance_plan.epoch_end and self._information and not self.balance_z.empty:
+        if self._values is not None:
+            alpha, phase = self._values
+            values = {"balance/alpha": alpha}
+            if self._objective is not None:
+                values["balance/beta"] = self._objective.gamma * phase
+            self._log(pl_module, values)
+        if self.balance_plan.epoch_end:
             self._renew_statistics(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, and that of the balance."""
-        state = super().state_dict() | {"balance": self.balance.state_dict()}
+        state = super().state_dict() | {
+            "balance": self.balance.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
         return state if self.shares_rows else state | {"balance_z": self.balance_z.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.balance.load_state_dict(state_dict["balance"])
+        self.objective.load_state_dict(state_dict["objective"])
         if not self.shares_rows:
             self.balance_z.load_state_dict(state_dict["balance_z"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from adadim_lightning.distributed import gather_rows, world_size
@@ -18,7 +19,7 @@ from adadim_lightning.functional.spectrum import (
 )
 from adadim_lightning.guard import FiniteGuard, NonFiniteError
 from adadim_lightning.metrics.window import RecentRows
-from adadim_lightning.tap import Tap
+from adadim_lightning.tap import Feed, Pool, Source
 
 MOST_SNAPSHOTS = 256
 
@@ -61,6 +62,9 @@ class DimensionMonitor(Callback):
     r"""Measures R and Z while the model trains, from its own forward pass, without labels or validation.
 
     Beside an :class:`~adadim_lightning.AdaDim` on the same submodules, which measures too, it stays silent.
+    It changes neither the model nor its random state, whoever wrote the model; hooks come and go with the fit. Of
+    a model with a momentum branch it reads the student, of crops of several sizes the largest.
+
     Logged at the end of each epoch, in nats where they are logarithms: ``dynamics/H_R`` and ``dynamics/ER_R``,
     entropy and effective rank of the representation; ``dynamics/ER_Z``, that of the embedding;
     ``dynamics/I_RZ``, mean over the epoch's measured steps of the order-2 mutual information of the batch's
@@ -68,8 +72,13 @@ class DimensionMonitor(Callback):
     those of the last ``window`` rows of all views. Values are equal on every process.
 
     Args:
-        representation: dotted name of the submodule that puts out R, shape ``(N, d_R)``.
-        embedding: dotted name of the submodule that puts out Z, shape ``(N, d_Z)``.
+        representation: where R comes from: the dotted name of the submodule that puts it out, ``name[key]`` for
+            one entry of what it puts out, the key of an entry of what ``training_step`` returns, or a function
+            ``(module, batch, outputs)`` that gives the rows, or a list with those of each view. By default the
+            backbone is found by its name.
+        embedding: where Z comes from, in the same way; by default the projection head is found by its name.
+        pool: makes rows of tokens ``(N, T, d)``: ``"class"``, the first, or ``"mean"``; and of maps
+            ``(N, d, H, W)``: ``"mean"``.
         every_n_steps: longest time between readings; the end of an epoch is always one.
         window: rows behind a reading; the steps right before it are measured until they are that many.
         spectrum: of the effective ranks: singular values, or their squares.
@@ -77,8 +86,9 @@ class DimensionMonitor(Callback):
         name: prefix of the log names and of the state in the checkpoint, for several monitors on one model.
 
     Raises:
-        ValueError: a submodule does not exist or puts out something else than ``(N, d)``.
-        NonFiniteError: R or Z holds a NaN or infinity.
+        ValueError: R or Z is not found, or is no ``(N, d)``; the message lists the submodules and their shapes.
+        NonFiniteError: R or Z of an :class:`~adadim_lightning.AdaDimModule` holds a NaN or infinity; of other
+            modules such a step is left out, with a warning.
 
     Example:
         >>> monitor = DimensionMonitor("backbone", "head", every_n_steps=100)
@@ -86,11 +96,17 @@ class DimensionMonitor(Callback):
 
     steers = False
 
+    @property
+    def alters_loss(self) -> bool:
+        """Whether what is measured enters the loss that is trained."""
+        return False
+
     def __init__(
         self,
-        representation: str = "backbone",
-        embedding: str = "projection_head",
+        representation: Source | None = None,
+        embedding: Source | None = None,
         *,
+        pool: Pool | None = None,
         every_n_steps: int = 50,
         window: int = 4096,
         spectrum: Spectrum = "singular",
@@ -104,6 +120,7 @@ class DimensionMonitor(Callback):
             raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
         self.representation = representation
         self.embedding = embedding
+        self.feed = Feed(representation, embedding, pool)
         self.spectrum: Spectrum = spectrum
         self.center = center
         self.name = name
@@ -120,22 +137,25 @@ class DimensionMonitor(Callback):
         self._information: list[Tensor] = []
         self._log_n = 0.0
         self._keep_every = 1
-        self._tap_r: Tap | None = None
-        self._tap_z: Tap | None = None
+        self._finite = True
 
     @property
     def state_key(self) -> str:
         """Key of the state in the checkpoint."""
         return f"{type(self).__qualname__}{{{self.name or ''}}}"
 
-    def _identity(self) -> tuple[str | None, ...]:
-        return self.representation, self.embedding, self.name
+    def _reads_as(self, other: "DimensionMonitor", module: LightningModule) -> bool:
+        """Whether another monitor logs the same values under the same names."""
+        try:
+            same = self.feed.names(module) == other.feed.names(module)
+        except LookupError:
+            same = (self.representation, self.embedding) == (other.representation, other.embedding)
+        return same and self.feed.pool == other.feed.pool and self.name == other.name
 
-    def _refuse_namesakes(self, trainer: Trainer) -> None:
+    def _refuse_namesakes(self, others: list["DimensionMonitor"], module: LightningModule) -> None:
         """Two monitors under one name would log the mean of their values."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            twin = isinstance(other, DimensionMonitor) and other is not self and other.name == self.name
-            if twin and other._identity() != self._identity():
+        for other in others:
+            if other.name == self.name and not self._reads_as(other, module):
                 raise ValueError(
                     f"two monitors, of {self.representation!r} and of {other.representation!r}, log under the "
                     'same names; give one of them name="..."'
@@ -148,14 +168,17 @@ class DimensionMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the taps."""
-        self._silent = not self.steers and any(
-            isinstance(other, DimensionMonitor) and other.steers and other._identity() == self._identity()
+        others = [
+            other
             for other in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(other, DimensionMonitor) and other is not self
+        ]
+        self._silent = not self.steers and any(
+            other.steers and other._reads_as(self, pl_module) for other in others
         )
         if not self._silent:
-            self._refuse_namesakes(trainer)
-        self._tap_r = Tap.open(pl_module, self.representation, self)
-        self._tap_z = Tap.open(pl_module, self.embedding, self)
+            self._refuse_namesakes(others, pl_module)
+        self.feed.open(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the taps."""
@@ -166,10 +189,7 @@ class DimensionMonitor(Callback):
         self._close()
 
     def _close(self) -> None:
-        for tap in (self._tap_r, self._tap_z):
-            if tap is not None:
-                tap.close(self)
-        self._tap_r = self._tap_z = None
+        self.feed.close()
 
     # One training step.
 
@@ -183,57 +203,65 @@ class DimensionMonitor(Callback):
         self._global_step = trainer.global_step
         self._left = trainer.num_training_batches - 1 - batch_idx
         if trainer.max_steps >= 0:
-            steps = trainer.max_steps - trainer.global_step
+            # By hand, a module may step several optimizers in one batch.
+            steps_a_batch = (
+                1 if pl_module.automatic_optimization else max(1, trainer.global_step // (self._step or 1))
+            )
+            steps = (trainer.max_steps - trainer.global_step) // steps_a_batch
             accumulated = trainer.accumulate_grad_batches
             self._left = min(self._left, steps * accumulated - batch_idx % accumulated - 1)
         # While the rows of a step are unknown (0) every plan says yes: the first step is read to count them.
         self._measuring = not self._silent and any(
             plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()
         )
-        for tap in (self._tap_r, self._tap_z):
-            assert tap is not None
-            tap.record(self, self._measuring)
+        self._record()
+
+    def _record(self) -> None:
+        self.feed.record(self._measuring)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take in R and Z of a measured step."""
         if self._measuring:
-            assert self._tap_r is not None
-            assert self._tap_z is not None
             guard = getattr(pl_module, "guard", None)
             if isinstance(guard, FiniteGuard):
                 guard.check()
-            r_views, z_views = self._tap_r.read(), self._tap_z.read()
-            self._check_finite(*r_views, *z_views)
-            if self._rows_per_step == 0:
-                self._rows_per_step = sum(map(len, r_views)) * world_size()
-            if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
-                self._measure(r_views, z_views)
-                if self.plan.reads_after(self._step):
-                    self.recent_r.close()
-                    self.recent_z.close()
-        for tap in (self._tap_r, self._tap_z):
-            assert tap is not None
-            tap.release(self)
+            r_views, z_views = self._read(batch, outputs)
+            may_go_on = not (self.alters_loss or isinstance(guard, FiniteGuard))
+            if self._all_finite([*r_views, *z_views], may_go_on):
+                if self._rows_per_step == 0:
+                    self._rows_per_step = sum(map(len, r_views)) * world_size()
+                if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
+                    self._measure(r_views, z_views)
+            if self.plan.reads_after(self._step):
+                self.recent_r.close()
+                self.recent_z.close()
+        self.feed.release()
         self._step += 1
 
-    def _check_finite(self, *outputs: Tensor) -> None:
-        """Raise NonFiniteError on every process if one of them has a NaN or infinity."""
+    def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
+        """Views of R and of Z, detached."""
+        return [[x.detach() for x in views.rows] for views in self.feed.read(batch, outputs)]
+
+    def _all_finite(self, outputs: list[Tensor], may_go_on: bool) -> bool:
+        """Whether no process has a NaN or infinity in R or Z."""
         bad = torch.stack([~torch.isfinite(x).all() for x in outputs]).any().int()
         if world_size() > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        if bad:
+        finite = not bad
+        if not finite and not may_go_on:
             raise NonFiniteError(self._global_step)
+        if not finite and self._finite:
+            rank_zero_warn(
+                f"R or Z holds a NaN or infinity at step {self._global_step}; such steps are not measured"
+            )
+        self._finite = finite
+        return finite
 
     @torch.no_grad()
     def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
         r, z = torch.cat(r_views), torch.cat(z_views)
-        if len(r) != len(z):
-            raise ValueError(
-                f"{self.representation!r} put out {len(r)} rows in this step but {self.embedding!r} {len(z)}: "
-                "they must see the same views"
-            )
         self.recent_r.update(r)
         self.recent_z.update(z)
         r, z = gather_rows(r.float(), z.float())

@@ -2,33 +2,85 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch import distributed as dist
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from adadim_lightning.distributed import gather_rows, training_steps, world_size
 from adadim_lightning.functional._numeric import no_autocast
 from adadim_lightning.metrics import KNNAccuracy
-from adadim_lightning.tap import Tap
+from adadim_lightning.models.backbones import evaluating
+from adadim_lightning.tap import Feed, Pool, Source, batch_size_of, images_of
+
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+
+Labels = str | int | Callable[[Any], Tensor]
+"""Where the labels of a batch are: a key or a position in it, or a function of it."""
 
 
-def labels_of(batch: Any, rows: int) -> Tensor:
-    """Labels of a batch ``(images or views, labels)``, repeated for each of the views stacked in its rows.
+def _find_labels(batch: Any) -> Any:
+    """The labels of ``(images or views, labels ...)``, ``(indices, views, labels)`` or a dictionary."""
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return batch[key]
+        return next((y for x in batch.values() if (y := _find_labels(x)) is not None), None)
+    if not isinstance(batch, list | tuple):
+        return None
+    images = next((i for i, x in enumerate(batch) if batch_size_of(x) is not None), len(batch))
+    after = batch[images + 1 :]
+    # The views themselves may hold the labels.
+    return after[0] if after and not isinstance(after[0], Mapping) else next(map(_find_labels, batch), None)
+
+
+def labels_of(batch: Any, rows: int, where: Labels | None = None) -> Tensor:
+    """Labels of a batch, repeated for each of the views stacked in its rows.
 
     Raises:
         ValueError: the batch has no labels, or not one for each image.
     """
-    labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or rows % len(labels):
+    labels = _find_labels(batch) if where is None else where(batch) if callable(where) else batch[where]
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.numel() == 0
+        or labels.shape[1:].numel() != 1
+        or rows % len(labels)
+    ):
         raise ValueError(
-            "a probe needs batches (images, labels) with one class number for each image; "
-            "leave the probe out to train without labels"
+            "a probe needs batches (images, labels) with one class number for each image; say where they are by "
+            "labels=..., give it labeled data of its own by train_loader=..., or leave the probe out to train "
+            "without labels"
         )
-    return labels.repeat(rows // len(labels))
+    return labels.flatten().repeat(rows // len(labels))
+
+
+def _count_classes(source: Any) -> int | None:
+    """Number of classes that a data module or a data set names."""
+    count = getattr(source, "num_classes", None)
+    if isinstance(count, int):
+        return count
+    if (names := getattr(source, "classes", None)) is not None:
+        return len(names)
+    features = getattr(source, "features", None)  # a Hugging Face data set
+    if isinstance(features, Mapping):
+        for key in LABEL_KEYS:
+            if isinstance(count := getattr(features.get(key), "num_classes", None), int):
+                return count
+    for name in ("labels", "targets"):
+        if (labels := getattr(source, name, None)) is not None:
+            return int(torch.as_tensor(labels).max()) + 1
+    inner = getattr(source, "dataset", None)  # a subset, or a data set with transforms around another
+    return None if inner is None else _count_classes(inner)
 
 
 def infer_num_classes(trainer: Trainer) -> int:
@@ -37,85 +89,188 @@ def infer_num_classes(trainer: Trainer) -> int:
     Raises:
         ValueError: neither names it.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    for source in (datamodule, dataset):
-        count = getattr(source, "num_classes", None)
-        if isinstance(count, int):
+    for source in (getattr(trainer, "datamodule", None), getattr(trainer.train_dataloader, "dataset", None)):
+        if (count := _count_classes(source)) is not None:
             return count
-        if (names := getattr(source, "classes", None)) is not None:
-            return len(names)
-        for name in ("labels", "targets"):
-            if (labels := getattr(source, name, None)) is not None:
-                return int(torch.as_tensor(labels).max()) + 1
     raise ValueError("the number of classes is not known from the data; give OnlineLinearProbe num_classes=...")
 
 
 class OnlineProbe(Callback):
-    """What both probes do: read R of every training and validation step, and log the held-out accuracy."""
+    """What both probes do: read R of training and validation steps, or of loaders, and log the accuracy."""
 
-    def __init__(self, representation: str, name: str | None) -> None:
+    def __init__(
+        self,
+        representation: Source | None,
+        *,
+        train_loader: Iterable[Any] | None,
+        val_loader: Iterable[Any] | None,
+        labels: Labels | None,
+        pool: Pool | None,
+        name: str | None,
+    ) -> None:
         self.representation = representation
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.labels = labels
         self.name = name
-        self._tap: Tap | None = None
+        self._feed = Feed(representation, pool=pool)
 
     @property
     def state_key(self) -> str:
         """Key of the state in the checkpoint."""
         return f"{type(self).__qualname__}{{{self.name or ''}}}"
 
+    # Taps come and go with the fit, whatever ends it.
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the tap."""
-        self._tap = Tap.open(pl_module, self.representation, self)
+        self._feed.open(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the tap."""
-        self._close()
+        self._feed.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the tap."""
-        self._close()
+        self._feed.close()
 
-    def _close(self) -> None:
-        if self._tap is not None:
-            self._tap.close(self)
-            self._tap = None
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there is nothing to score on."""
+        if self.val_loader is None and not trainer.enable_validation:
+            rank_zero_warn(
+                f"{type(self).__name__} has nothing to score on: the model has no validation loop; give it "
+                "val_loader=..."
+            )
+
+    # Steps of the model.
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Ask for R of this step."""
-        assert self._tap is not None
-        self._tap.record(self, True)
+        self._feed.record(self.train_loader is None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Learn from a training step."""
+        if self.train_loader is None:
+            self._learn(trainer, *self._read(batch, outputs))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Ask for R of this step."""
-        if self._tap is not None:
-            self._tap.record(self, True)
+        self._feed.record(self._scores_steps(trainer))
 
-    def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
-        assert self._tap is not None
-        r = torch.cat(self._tap.read()).float()
-        self._tap.release(self)
-        return r, labels_of(batch, len(r))
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score a held-out batch."""
+        if self._scores_steps(trainer):
+            self._score(*self._read(batch, outputs))
 
-    def _log(self, pl_module: LightningModule, key: str, value: Tensor) -> None:
-        pl_module.log(
-            f"{self.name}/{key}" if self.name else key,
-            value,
-            on_step=False,
-            on_epoch=True,
-            batch_size=1,
-            sync_dist=True,
-        )
+    def _scores_steps(self, trainer: Trainer) -> bool:
+        return self.val_loader is None and self._ready() and trainer.state.fn == "fit"
+
+    def _read(self, batch: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+        [views] = self._feed.read(batch, outputs)
+        self._feed.release()
+        r = torch.cat(views.rows).detach().float()
+        return r, labels_of(batch, len(r), self.labels).to(r.device)
+
+    # Loaders of the probe's own.
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn from the probe's own data before the validation batches are scored."""
+        if self.val_loader is None and trainer.state.fn == "fit":
+            if not trainer.sanity_checking:
+                self._learn_from_loader(trainer, pl_module)
+            self._before_scoring()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracy on the validation batches."""
+        self._log_accuracy(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn from and score on the probe's own data, and log the accuracy."""
+        if self.val_loader is not None:
+            self._learn_from_loader(trainer, pl_module)
+            self._before_scoring()
+            if self._ready():
+                for r, labels in self._embed(pl_module, self.val_loader):
+                    self._score(r, labels)
+                self._log_accuracy(pl_module)
+
+    def _learn_from_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.train_loader is not None:
+            batches = list(self._embed(pl_module, self.train_loader))
+            if not batches:
+                raise ValueError("the train_loader of a probe has no batch")
+            r, labels = (torch.cat(x) for x in zip(*batches, strict=True))
+            self._learn_all(trainer, r, labels)
+
+    @torch.no_grad()
+    def _embed(self, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """R and labels of each batch, by the tapped submodule in evaluation mode; the random state stays."""
+        tapped = self._feed.submodule(pl_module)
+        with isolate_rng(), evaluating(tapped):
+            for batch in loader:
+                batch = move_data_to_device(batch, pl_module.device)
+                images = next(images_of(batch), None)
+                if images is None:
+                    raise ValueError(
+                        f"no images were found in a batch of the probe's loader: {type(batch).__name__}"
+                    )
+                self._feed.record(True)
+                tapped(images.to(pl_module.dtype))
+                yield self._read(batch, None)
+
+    def _log_accuracy(self, pl_module: LightningModule) -> None:
+        if self.accuracy is not None and self.accuracy.update_called:
+            pl_module.log(
+                f"{self.name}/{self.key}" if self.name else self.key,
+                self.accuracy.compute(),
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                sync_dist=True,
+            )
+            self.accuracy.reset()
+
+    # What each probe does.
+
+    key: str
+    accuracy: Metric | None
 
     @abstractmethod
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Learn from a training step."""
+    def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
+        """Learn from the rows of a training step, shapes ``(N, d)`` and ``(N,)``."""
+
+    @abstractmethod
+    def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
+        """Learn from all rows of the probe's own loader."""
+
+    def _before_scoring(self) -> None:
+        """Prepare to score."""
+
+    @abstractmethod
+    def _ready(self) -> bool:
+        """Whether it has learned anything yet."""
+
+    @abstractmethod
+    def _score(self, r: Tensor, labels: Tensor) -> None:
+        """Score held-out rows."""
+
+
+PASSES = 10
+BATCH_SIZE = 256
 
 
 class OnlineLinearProbe(OnlineProbe):
@@ -123,34 +278,49 @@ class OnlineLinearProbe(OnlineProbe):
 
     It sees R of the training views, detached and standardized by the running statistics of a batch norm
     without parameters, and logs ``probe/linear_top1``, its accuracy on the validation batches. Its own random
-    numbers leave the model's random state alone.
+    numbers leave the model's random state alone. Where the training set has no labels, ``train_loader`` brings
+    labeled images: at the end of each epoch it learns from them in ten passes.
 
     Args:
-        representation: dotted name of the submodule that puts out R, shape ``(N, d_R)``.
+        representation: where R comes from, as for :class:`DimensionMonitor`; with loaders of its own the name of
+            a submodule that takes images.
         num_classes: number of classes; by default what the data module or the training set says (its
-            ``num_classes``, ``classes``, ``labels`` or ``targets``).
+            ``num_classes``, ``classes``, ``labels`` or ``targets``), or the labels of ``train_loader``.
+        train_loader: labeled batches to learn from; by default the model's training batches.
+        val_loader: labeled batches to score on; by default the model's validation batches.
+        labels: where the labels of a batch are: a key or position in it, or a function of it; by default
+            behind the images, or under a usual name.
+        pool: makes rows of tokens or maps, as for :class:`DimensionMonitor`.
         lr: learning rate of its AdamW; it falls to zero along half a cosine where the length of the training
             is known.
         weight_decay: of its AdamW.
         name: prefix of the log name and of the state in the checkpoint.
 
     Raises:
-        ValueError: the submodule does not exist, or the batches hold no labels.
+        ValueError: R is not found, or the batches hold no labels.
 
     Example:
         >>> probe = OnlineLinearProbe("backbone", num_classes=10)
     """
 
+    key = "probe/linear_top1"
+
     def __init__(
         self,
-        representation: str = "backbone",
+        representation: Source | None = None,
         *,
         num_classes: int | None = None,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+        labels: Labels | None = None,
+        pool: Pool | None = None,
         lr: float = 1e-2,
         weight_decay: float = 1e-4,
         name: str | None = None,
     ) -> None:
-        super().__init__(representation, name)
+        super().__init__(
+            representation, train_loader=train_loader, val_loader=val_loader, labels=labels, pool=pool, name=name
+        )
         self.num_classes = num_classes
         self.lr = lr
         self.weight_decay = weight_decay
@@ -160,8 +330,7 @@ class OnlineLinearProbe(OnlineProbe):
         self._state: dict[str, Any] = {}
         self._steps: float = math.inf
 
-    def _build(self, trainer: Trainer, r: Tensor) -> None:
-        classes = self.num_classes or infer_num_classes(trainer)
+    def _build(self, classes: int, r: Tensor) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the same probe on every process
             probe = nn.Sequential(nn.BatchNorm1d(r.shape[1], affine=False), nn.Linear(r.shape[1], classes))
@@ -175,22 +344,32 @@ class OnlineLinearProbe(OnlineProbe):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn how long the training is."""
+        super().on_train_start(trainer, pl_module)
         self._steps = training_steps(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """One step of the probe."""
-        r, labels = self._read(batch)
+    def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         if self.probe is None:
-            self._build(trainer, r)
+            self._build(self.num_classes or infer_num_classes(trainer), r)
+        self._step(trainer, r, labels)
+
+    def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
+        if self.probe is None:
+            named = _count_classes(getattr(self.train_loader, "dataset", None))
+            self._build(self.num_classes or named or int(labels.max()) + 1, r)
+        generator = torch.Generator().manual_seed(trainer.current_epoch)
+        for _ in range(PASSES):
+            for rows in torch.split(torch.randperm(len(r), generator=generator).to(r.device), BATCH_SIZE):
+                if len(rows) > 1:  # batch norm needs two
+                    self._step(trainer, r[rows], labels[rows])
+
+    def _step(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         assert self.probe is not None
         assert self._optimizer is not None
         progress = min(trainer.global_step / self._steps, 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * (1 + math.cos(math.pi * progress)) / 2
         with torch.enable_grad(), no_autocast(r):
-            loss = nn.functional.cross_entropy(self.probe(r), labels)
+            loss = nn.functional.cross_entropy(self.probe.train()(r), labels)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         if world_size() > 1:
@@ -200,28 +379,14 @@ class OnlineLinearProbe(OnlineProbe):
                 p.grad /= world_size()
         self._optimizer.step()
 
-    @torch.no_grad()
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Score a held-out batch."""
-        if self.probe is not None and self._tap is not None:
-            assert self.accuracy is not None
-            r, labels = self._read(batch)
-            self.accuracy.update(self.probe.eval()(r), labels)
-            self.probe.train()
+    def _ready(self) -> bool:
+        return self.probe is not None
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracy."""
-        if self.accuracy is not None and self.accuracy.update_called:
-            self._log(pl_module, "probe/linear_top1", self.accuracy.compute())
-            self.accuracy.reset()
+    @torch.no_grad()
+    def _score(self, r: Tensor, labels: Tensor) -> None:
+        assert self.probe is not None
+        assert self.accuracy is not None
+        self.accuracy.update(self.probe.eval()(r), labels)
 
     def state_dict(self) -> dict[str, Any]:
         """The probe and its optimizer."""
@@ -240,40 +405,52 @@ class OnlineKNN(OnlineProbe):
 
     The neighbors are R of the training views of the last ``bank_size`` rows, as they were when they were
     trained on; so it costs no forward pass. Logs ``probe/knn_top1``, the accuracy on the validation batches.
+    Where the training set has no labels, ``train_loader`` brings labeled images: at the end of each epoch they
+    are the neighbors, all of them.
 
     Args:
-        representation: dotted name of the submodule that puts out R, shape ``(N, d_R)``.
+        representation: where R comes from, as for :class:`DimensionMonitor`; with loaders of its own the name of
+            a submodule that takes images.
         k: number of neighbors.
         temperature: of the vote's weights.
         bank_size: number of training rows kept, over all processes together.
+        train_loader: labeled batches of neighbors; by default the model's training batches.
+        val_loader: labeled batches to score on; by default the model's validation batches.
+        labels: where the labels of a batch are, as for :class:`OnlineLinearProbe`.
+        pool: makes rows of tokens or maps, as for :class:`DimensionMonitor`.
         name: prefix of the log name and of the state in the checkpoint.
 
     Raises:
-        ValueError: the submodule does not exist, or the batches hold no labels.
+        ValueError: R is not found, or the batches hold no labels.
 
     Example:
         >>> probe = OnlineKNN(k=20)
     """
 
+    key = "probe/knn_top1"
+
     def __init__(
         self,
-        representation: str = "backbone",
+        representation: Source | None = None,
         *,
         k: int = 20,
         temperature: float = 0.07,
         bank_size: int = 16384,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+        labels: Labels | None = None,
+        pool: Pool | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(representation, name)
+        super().__init__(
+            representation, train_loader=train_loader, val_loader=val_loader, labels=labels, pool=pool, name=name
+        )
         self.bank_size = bank_size
-        self.accuracy = KNNAccuracy(k=k, temperature=temperature)
+        self.accuracy: KNNAccuracy = KNNAccuracy(k=k, temperature=temperature)
         self._bank: list[tuple[Tensor, Tensor]] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         """Keep the rows of this step, and let go of the oldest."""
-        r, labels = self._read(batch)
         if self._bank and self._bank[0][0].device != r.device:  # a checkpoint is read on the CPU
             self._bank = [(x.to(r.device), y.to(r.device)) for x, y in self._bank]
         self._bank.append((r, labels))
@@ -281,32 +458,23 @@ class OnlineKNN(OnlineProbe):
         while sum(len(labels) for _, labels in self._bank[1:]) >= most:
             self._bank.pop(0)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the bank from all processes."""
+    def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
+        self._bank = [(r, labels)]
+
+    def _before_scoring(self) -> None:
         if self._bank:
             r, labels = (torch.cat(x) for x in zip(*self._bank, strict=True))
-            r, column = gather_rows(r, labels[:, None].to(r.dtype))
+            if self.train_loader is None:  # each process has seen rows of its own
+                r, column = gather_rows(r, labels[:, None].to(r.dtype))
+                labels = column[:, 0].long()
             self.accuracy = self.accuracy.to(r.device)
-            self.accuracy.set_bank(r, column[:, 0].long())
+            self.accuracy.set_bank(r, labels)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Score a held-out batch."""
-        if self._bank and self._tap is not None:
-            self.accuracy.update(*self._read(batch))
+    def _ready(self) -> bool:
+        return bool(self._bank)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracy."""
-        if self.accuracy.update_called:
-            self._log(pl_module, "probe/knn_top1", self.accuracy.compute())
-            self.accuracy.reset()
+    def _score(self, r: Tensor, labels: Tensor) -> None:
+        self.accuracy.update(r, labels)
 
     def state_dict(self) -> dict[str, Any]:
         """The bank."""

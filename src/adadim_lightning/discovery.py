@@ -1,0 +1,147 @@
+"""Finds the backbone and the projection head of somebody else's module, and lists what there is to choose from."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# The last part of the dotted name, with the field's prefixes and suffixes of a student.
+_STUDENT = r"(student_|online_|anchor_|query_|base_)?{}(_q|_query|_student|_online)?"
+_REPRESENTATION = re.compile(_STUDENT.format("(backbone|encoder|trunk|feature_extractor)"))
+_PROJECTION = re.compile(_STUDENT.format("(projection_head|projector|projection|proj_head|projection_mlp)"))
+_HEAD = re.compile(_STUDENT.format("(head|mlp_head)"))
+_MOMENTUM = re.compile(r"(^|[._])(momentum|teacher|target|ema|key|k)($|[._])")
+
+_SURVEY_DEPTH = 3
+_SURVEY_LINES = 30
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether a module learns, or has nothing to learn; a momentum branch is frozen."""
+    parameters = list(module.parameters())
+    return not parameters or any(p.requires_grad for p in parameters)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _matches(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    return [
+        name
+        for name, submodule in module.named_modules()
+        if pattern.fullmatch(name.rpartition(".")[2]) and not _MOMENTUM.search(name) and _is_trained(submodule)
+    ]
+
+
+def _student(module: nn.Module, name: str) -> str:
+    """The student inside a wrapper of student and teacher."""
+    children = [child for child, _ in module.get_submodule(name).named_children()]
+    return next((f"{name}.{child}" for child in ("student", "online") if child in children), name)
+
+
+def _only(module: nn.Module, names: list[str], what: str, argument: str) -> str:
+    if len(names) == 1:
+        return _student(module, names[0])
+    found = f"{len(names)} were found: {', '.join(names)}" if names else "none was found by its name"
+    raise LookupError(f"{type(module).__name__}: which submodule is the {what}? {found}; give {argument}=...")
+
+
+def find_representation(module: nn.Module) -> str:
+    """Dotted name of the backbone.
+
+    Raises:
+        LookupError: none or several have such a name.
+    """
+    names = _matches(module, _REPRESENTATION)
+    projections = _matches(module, _PROJECTION)
+    # An "encoder" that holds both a backbone and a projection head puts out Z.
+    holders = {
+        name
+        for name in names
+        if any(other.startswith(f"{name}.") for other in names)
+        and any(head.startswith(f"{name}.") for head in projections)
+    }
+    return _only(module, _outermost([name for name in names if name not in holders]), "backbone", "representation")
+
+
+def find_embedding(module: nn.Module, representation: str | None) -> str:
+    """Dotted name of the projection head, which is no part of the backbone.
+
+    Raises:
+        LookupError: none or several have such a name.
+    """
+
+    def outside(names: list[str]) -> list[str]:
+        inside = f"{representation}."
+        return _outermost([name for name in names if representation is None or not name.startswith(inside)])
+
+    names = outside(_matches(module, _PROJECTION)) or outside(_matches(module, _HEAD))
+    return _only(module, names, "projection head", "embedding")
+
+
+def tensors_of(output: Any) -> Iterator[tuple[Any, Tensor]]:
+    """The tensors that a module's output consists of, with the key of each (None: the output is one)."""
+    if isinstance(output, Tensor):
+        yield None, output
+        return
+    if isinstance(output, tuple | list):
+        items: Any = enumerate(output)
+    elif hasattr(output, "items"):
+        items = output.items()
+    else:
+        items = vars(output).items() if hasattr(output, "__dict__") else ()
+    yield from ((key, value) for key, value in items if isinstance(value, Tensor))
+
+
+class Survey:
+    """Notes which submodules are called in one step, and the shapes of what they put out.
+
+    Compiled submodules are not looked into: a hook would make the compiler begin anew.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._seen: dict[str, list[str]] = {}
+        self._handles: list[RemovableHandle] = []
+        if hasattr(module, "_compiler_ctx"):
+            return
+        for name, submodule in module.named_modules():
+            compiled = "_orig_mod" in name or submodule._compiled_call_impl is not None
+            if name and not compiled and name.count(".") < _SURVEY_DEPTH:
+                self._handles.append(submodule.register_forward_hook(self._note(name)))
+
+    def _note(self, name: str) -> Any:
+        def hook(submodule: nn.Module, inputs: Any, output: Any) -> None:
+            shapes = [
+                f"[{key}] {tuple(x.shape)}" if key is not None else f"{tuple(x.shape)}"
+                for key, x in tensors_of(output)
+                # Maps larger than a pixel are of no use as rows.
+                if x.ndim in (2, 3) or (x.ndim == 4 and x.shape[2:].numel() == 1)
+            ]
+            if shapes:
+                self._seen.setdefault(name, []).append(" ".join(shapes))
+
+        return hook
+
+    def table(self) -> str:
+        """One line for each submodule that put out something that could be R or Z."""
+        if not self._seen:
+            return ""
+        lines = []
+        for name, calls in self._seen.items():
+            different = list(dict.fromkeys(calls))
+            times = f", {len(calls)} calls" if len(calls) > 1 else ""
+            lines.append(f"  {name}: {'; '.join(different)}{times}")
+        if len(lines) > _SURVEY_LINES:
+            # The outer modules are the likelier ones.
+            outer = sorted(sorted(range(len(lines)), key=lambda i: list(self._seen)[i].count("."))[:_SURVEY_LINES])
+            lines = [lines[i] for i in outer] + [f"  and {len(lines) - _SURVEY_LINES} more within these"]
+        return "\nSubmodules of this step and what they put out:\n" + "\n".join(lines)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
