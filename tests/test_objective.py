@@ -259,5 +259,5 @@ def test_eps_reaches_the_variance_part() -> None:
 def test_matching_survives_a_part_without_a_gradient() -> None:
     loss = AdaDimLoss(alpha=0.5, kappa="match")
     z = torch.randn(2, 4, 3, requires_grad=True)
-    loss._match_gradients(z.square().sum(), 0.0 * z.sum(), z, z)
+    loss._match_gradients(z.square().sum(), 0.0 * z.sum(), [z])
     assert bool(torch.isfinite(loss.kappa))

@@ -323,6 +323,8 @@ class Feed:
 
     def release(self) -> None:
         """End a step."""
+        if self._survey is not None:
+            self._survey.close()
         for tap in self._taps:
             if tap is not None:
                 tap[0].release(self)

@@ -336,7 +336,7 @@ def test_a_submodule_that_is_not_called_is_an_error() -> None:
         def training_step(self, batch, batch_idx):
             return self.encoder(batch[0][0]).square().mean()
 
-    with pytest.raises(RuntimeError, match="'projector' was not called in this training step"):
+    with pytest.raises(RuntimeError, match="'projector' was not called in this step"):
         fit(NoHead(), fixed_batches(1), DimensionMonitor("encoder", "projector"))
 
 

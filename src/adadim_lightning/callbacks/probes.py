@@ -156,6 +156,7 @@ class OnlineProbe(Callback):
         """Learn from a training step."""
         if self.train_loader is None:
             self._learn(trainer, *self._read(batch, outputs))
+        self._feed.release()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -175,13 +176,13 @@ class OnlineProbe(Callback):
         """Score a held-out batch."""
         if self._scores_steps(trainer):
             self._score(*self._read(batch, outputs))
+        self._feed.release()
 
     def _scores_steps(self, trainer: Trainer) -> bool:
         return self.val_loader is None and self._ready() and trainer.state.fn == "fit"
 
     def _read(self, batch: Any, outputs: Any) -> tuple[Tensor, Tensor]:
         [views] = self._feed.read(batch, outputs)
-        self._feed.release()
         r = torch.cat(views.rows).detach().float()
         return r, labels_of(batch, len(r), self.labels).to(r.device)
 
