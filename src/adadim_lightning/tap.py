@@ -177,7 +177,7 @@ def _as_rows(x: Tensor, pool: Pool | None, label: str) -> Tensor:
     )
 
 
-def _entry(output: Any, key: str | None, label: str) -> tuple[Any, Tensor]:
+def _entry(output: Any, key: str | None, name: str) -> tuple[Any, Tensor]:
     """Key and tensor of the entry asked for, or of the only one."""
     entries = dict(tensors_of(output))
     if key is not None:
@@ -186,12 +186,10 @@ def _entry(output: Any, key: str | None, label: str) -> tuple[Any, Tensor]:
                 return found, x
     elif len(entries) == 1:
         return next(iter(entries.items()))
-    keys = ", ".join(f"{label}[{found}] {tuple(x.shape)}" for found, x in entries.items() if found is not None)
-    raise ValueError(
-        f"{label} put out no {key!r}; it has: {keys or 'one tensor'}"
-        if key is not None
-        else f"{label} put out {type(output).__name__}; name one entry of it: {keys or 'it has no tensor'}"
-    )
+    listed = ", ".join(f"'{name}[{found}]' {tuple(x.shape)}" for found, x in entries.items() if found is not None)
+    if key is not None:
+        raise ValueError(f"{name!r} put out no {key!r} but {listed or 'one tensor'}")
+    raise ValueError(f"{name!r} put out {len(entries)} tensors; name one of them: {listed or 'there is none'}")
 
 
 def images_of(batch: Any) -> Iterator[Tensor]:
@@ -375,10 +373,9 @@ class Feed:
         if tap is not None:
             pieces = []
             for call in tap[0].read():
-                label = repr(tap[0].name)
-                key, x = _entry(call.output, tap[1], label)
+                key, x = _entry(call.output, tap[1], tap[0].name)
                 originals = [] if call.original is None else [dict(tensors_of(call.original))[key]]
-                pieces.append(_Piece(_as_rows(x, self.pool, label), call.size, originals))
+                pieces.append(_Piece(_as_rows(x, self.pool, self._label(index)), call.size, originals))
             return pieces
         if isinstance(source, str):
             label = f"the entry {source!r} of the outputs"

@@ -308,16 +308,47 @@ def test_data_without_a_length_are_measured_too(every_n_steps: int) -> None:
     assert set(recorder.logged[0]) >= KEYS
 
 
-def test_a_bad_value_in_somebody_elses_module_is_named_with_its_step() -> None:
-    class Bad(OneCallPerView):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 2:
-                batch[0][1][3] = math.nan
-            return super().training_step(batch, batch_idx)
+class BadThirdBatch(OneCallPerView):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            batch[0][1][3] = math.nan
+        return super().training_step(batch, batch_idx)
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_a_bad_value_in_somebody_elses_module_is_left_out_with_a_warning_that_names_the_step() -> None:
+    module, recorder = BadThirdBatch(), Recorder("encoder", "projector")
+    module.on_before_optimizer_step = lambda _: module.zero_grad()
+    with pytest.warns(UserWarning, match="NaN or infinity at step 2; such steps are not measured"):
+        fit(module, fixed_batches(4), DimensionMonitor("encoder", "projector"), recorder)
+    assert_logged(recorder.logged[0], recorder, window=[0, 1, 3], measured=[0, 1, 3])
+
+
+def test_a_bad_value_stops_the_fit_whose_loss_is_steered_and_is_named_with_its_step() -> None:
     with pytest.raises(NonFiniteError) as error:
-        fit(Bad(), fixed_batches(4), DimensionMonitor("encoder", "projector"))
+        fit(BadThirdBatch(), fixed_batches(4), AdaDim("encoder", "projector", native_loss="other"))
     assert error.value.step == 2
+
+
+def test_a_step_that_the_module_skips_is_not_measured() -> None:
+    class SkipsTheSecond(OneCallPerView):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    class Forgiving(Recorder):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if outputs:
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    for callback in (
+        DimensionMonitor("encoder", "projector"),
+        AdaDim("encoder", "projector", native_loss="other"),
+    ):
+        recorder = Forgiving("encoder", "projector")
+        fit(SkipsTheSecond(), fixed_batches(4), callback, recorder)
+        assert_logged(recorder.logged[0], recorder, window=[0, 1, 2], measured=[0, 1, 2])
 
 
 def test_submodules_that_see_different_rows_are_an_error() -> None:

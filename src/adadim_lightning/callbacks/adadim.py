@@ -128,7 +128,7 @@ class AdaDim(DimensionMonitor):
         self.balance_z = (
             self.recent_z if self.shares_rows else RecentRows(self.balance.window, center=self.balance.center)
         )
-        self._objective: AdaDimLoss | None = None
+        self._balanced: AdaDimLoss | None = None  # alpha and beta are set in this one
         self._target: Target | None = None
         self._steps: float = math.inf
         self._values: tuple[float, float] | None = None
@@ -172,7 +172,7 @@ class AdaDim(DimensionMonitor):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is steered, and place the taps."""
-        self._objective = self._find_objective(pl_module)
+        self._balanced = self._find_objective(pl_module)
         self._target = None if self.target is None else Target(pl_module, self.target)
         self._values = None
         super().on_fit_start(trainer, pl_module)
@@ -253,8 +253,8 @@ class AdaDim(DimensionMonitor):
         values = self.balance(progress, trainer.current_epoch)
         if values != self._values:
             # An objective of the model itself is left alone when observing.
-            if self._objective is not None and not (self.observe and self._objective is not self.objective):
-                self._objective.set_balance(*values)
+            if self._balanced is not None and not (self.observe and self._balanced is not self.objective):
+                self._balanced.set_balance(*values)
             if self._target is not None and not self.observe:
                 self._target.write(values[0])
             self._values = values
@@ -310,8 +310,8 @@ class AdaDim(DimensionMonitor):
         if self._values is not None:
             alpha, phase = self._values
             values = {"balance/alpha": alpha}
-            if self._objective is not None:
-                values["balance/beta"] = self._objective.gamma * phase
+            if self._balanced is not None:
+                values["balance/beta"] = self._balanced.gamma * phase
             self._log(pl_module, values)
         if self.balance_plan.epoch_end:
             self._renew_statistics(trainer)

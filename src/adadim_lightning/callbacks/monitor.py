@@ -223,7 +223,8 @@ class DimensionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take in R and Z of a measured step."""
-        if self._measuring:
+        skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
+        if self._measuring and not skipped:
             guard = getattr(pl_module, "guard", None)
             if isinstance(guard, FiniteGuard):
                 guard.check()
