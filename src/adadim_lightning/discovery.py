@@ -105,7 +105,7 @@ class Survey:
     def __init__(self, module: nn.Module) -> None:
         self._seen: dict[str, list[str]] = {}
         self._handles: list[RemovableHandle] = []
-        if hasattr(module, "_compiler_ctx"):
+        if getattr(module, "_compiler_ctx", None) is not None:
             return
         for name, submodule in module.named_modules():
             compiled = "_orig_mod" in name or submodule._compiled_call_impl is not None

@@ -362,6 +362,29 @@ def test_submodules_that_see_different_rows_are_an_error() -> None:
         fit(FirstViewOnly(), fixed_batches(1), DimensionMonitor("encoder", "projector"))
 
 
+def test_names_that_are_not_found_are_an_error_that_lists_the_submodules_of_the_step() -> None:
+    class Unusual(OneCallPerView):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.mlp = self.encoder, self.projector
+            del self.encoder, self.projector
+
+        def training_step(self, batch, batch_idx):
+            z1, z2 = (self.mlp(self.net(view)) for view in batch[0])
+            return (z1 - z2).square().mean()
+
+    for callback in (DimensionMonitor(), AdaDim(native_loss="other"), DimensionMonitor("nett", "mlp")):
+        module = Unusual()
+        with pytest.raises(ValueError, match=r"backbone\? none was found|no submodule named 'nett'") as error:
+            fit(module, fixed_batches(1), callback)
+        assert "\n  net: (16, 12), 2 calls\n" in str(error.value)
+        assert str(error.value).endswith("\n  mlp: (16, 8), 2 calls")
+        assert not any(submodule._forward_hooks for submodule in module.modules())
+    recorder = Recorder("net", "mlp")
+    fit(Unusual(), fixed_batches(2), DimensionMonitor("net", "mlp"), recorder)
+    assert_logged(recorder.logged[0], recorder, window=[0, 1], measured=[0, 1])
+
+
 def test_a_submodule_that_is_not_called_is_an_error() -> None:
     class NoHead(OneCallPerView):
         def training_step(self, batch, batch_idx):
