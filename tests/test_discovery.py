@@ -53,6 +53,12 @@ def tree(*names: str, frozen: tuple[str, ...] = ()) -> nn.Module:
         # Parts of a backbone do not stand beside it.
         (["backbone.encoder", "backbone.head", "projector"], [], ("backbone", "projector")),
         (["backbone.head", "head"], [], ("backbone", "head")),
+        # A transformer projects its patches.
+        (
+            ["backbone.embeddings.patches.projection", "backbone.encoder.layer", "projection_head"],
+            [],
+            ("backbone", "projection_head"),
+        ),
         # An encoder that holds the head too puts out Z.
         (["encoder.backbone", "encoder.projection_head"], [], ("encoder.backbone", "encoder.projection_head")),
     ],

@@ -122,6 +122,7 @@ def test_no_hook_is_left_on_the_model_after_a_fit_or_a_crash() -> None:
     assert hooks(module) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*has nothing to score on")
 def test_a_reader_that_finds_no_submodule_leaves_no_hook_of_the_others() -> None:
     module = tiny_module()
     with pytest.raises(ValueError, match="has no submodule named 'encoder'"):

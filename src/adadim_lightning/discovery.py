@@ -49,22 +49,20 @@ def _only(module: nn.Module, names: list[str], what: str, argument: str) -> str:
     raise LookupError(f"{type(module).__name__}: which submodule is the {what}? {found}; give {argument}=...")
 
 
+def _backbones(module: nn.Module) -> list[str]:
+    names = _matches(module, _REPRESENTATION)
+    parents = [{name.rpartition(".")[0] for name in some} for some in (names, _matches(module, _PROJECTION))]
+    # An "encoder" that is made of a backbone and a projection head puts out Z.
+    return _outermost([name for name in names if not all(name in some for some in parents)])
+
+
 def find_representation(module: nn.Module) -> str:
     """Dotted name of the backbone.
 
     Raises:
         LookupError: none or several have such a name.
     """
-    names = _matches(module, _REPRESENTATION)
-    projections = _matches(module, _PROJECTION)
-    # An "encoder" that holds both a backbone and a projection head puts out Z.
-    holders = {
-        name
-        for name in names
-        if any(other.startswith(f"{name}.") for other in names)
-        and any(head.startswith(f"{name}.") for head in projections)
-    }
-    return _only(module, _outermost([name for name in names if name not in holders]), "backbone", "representation")
+    return _only(module, _backbones(module), "backbone", "representation")
 
 
 def find_embedding(module: nn.Module, representation: str | None) -> str:
@@ -73,10 +71,14 @@ def find_embedding(module: nn.Module, representation: str | None) -> str:
     Raises:
         LookupError: none or several have such a name.
     """
+    backbones = _backbones(module)
+    if representation is not None:
+        backbones.append(representation.partition("[")[0])
 
     def outside(names: list[str]) -> list[str]:
-        inside = f"{representation}."
-        return _outermost([name for name in names if representation is None or not name.startswith(inside)])
+        # A backbone has projections of its own, such as that of the patches.
+        inside = [name for name in names if any(name.startswith(f"{backbone}.") for backbone in backbones)]
+        return _outermost([name for name in names if name not in inside])
 
     names = outside(_matches(module, _PROJECTION)) or outside(_matches(module, _HEAD))
     return _only(module, names, "projection head", "embedding")

@@ -23,6 +23,8 @@ from tests.helpers import (
     tiny_module,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to score on")
+
 
 def clean_rows(module: Any, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
     """R and labels of the held-out images, in evaluation mode."""

@@ -243,14 +243,22 @@ class AdaDim(DimensionMonitor):
     def _plans(self) -> list[MeasuringPlan]:
         return [self.plan, self.balance_plan]
 
+    def _progress(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """From 0 to 1; NaN where the length of the training is not known."""
+        if pl_module.automatic_optimization:
+            return min(trainer.global_step / self._steps, 1.0) if math.isfinite(self._steps) else math.nan
+        # By hand, a module may step several optimizers in one batch, and max_steps counts all their steps.
+        parts = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
+        batches = (trainer.max_epochs or -1) * trainer.num_training_batches
+        if 0 < batches < math.inf:
+            parts.append(self._step / batches)
+        return min(max(parts), 1.0) if parts else math.nan
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set alpha and beta for this step."""
-        # By hand, a module may step several optimizers in one batch.
-        done = trainer.global_step if pl_module.automatic_optimization else self._step
-        progress = min(done / self._steps, 1.0) if math.isfinite(self._steps) else math.nan
-        values = self.balance(progress, trainer.current_epoch)
+        values = self.balance(self._progress(trainer, pl_module), trainer.current_epoch)
         if values != self._values:
             # An objective of the model itself is left alone when observing.
             if self._balanced is not None and not (self.observe and self._balanced is not self.objective):

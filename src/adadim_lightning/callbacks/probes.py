@@ -27,19 +27,23 @@ Labels = str | int | Callable[[Any], Tensor]
 """Where the labels of a batch are: a key or a position in it, or a function of it."""
 
 
+def _are_labels(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_floating_point() and x.ndim > 0 and x.shape[1:].numel() == 1
+
+
 def _find_labels(batch: Any) -> Any:
-    """The labels of ``(images or views, labels ...)``, ``(indices, views, labels)`` or a dictionary."""
+    """The labels behind the images, as in ``(indices, views, labels)``, or under a name."""
     if isinstance(batch, Mapping):
-        for key in LABEL_KEYS:
-            if key in batch:
-                return batch[key]
-        return next((y for x in batch.values() if (y := _find_labels(x)) is not None), None)
-    if not isinstance(batch, list | tuple):
+        named = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+        inner: Iterable[Any] = batch.values()
+    elif isinstance(batch, list | tuple):
+        images = next((i for i, x in enumerate(batch) if batch_size_of(x) is not None), len(batch))
+        named = next(filter(_are_labels, batch[images + 1 :]), None)
+        inner = batch
+    else:
         return None
-    images = next((i for i, x in enumerate(batch) if batch_size_of(x) is not None), len(batch))
-    after = batch[images + 1 :]
-    # The views themselves may hold the labels.
-    return after[0] if after and not isinstance(after[0], Mapping) else next(map(_find_labels, batch), None)
+    # Views that are dictionaries hold the labels themselves.
+    return named if named is not None else next((y for x in inner if (y := _find_labels(x)) is not None), None)
 
 
 def labels_of(batch: Any, rows: int, where: Labels | None = None) -> Tensor:
@@ -49,19 +53,13 @@ def labels_of(batch: Any, rows: int, where: Labels | None = None) -> Tensor:
         ValueError: the batch has no labels, or not one for each image.
     """
     labels = _find_labels(batch) if where is None else where(batch) if callable(where) else batch[where]
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.numel() == 0
-        or labels.shape[1:].numel() != 1
-        or rows % len(labels)
-    ):
+    if not _are_labels(labels) or not len(labels) or rows % len(labels):
         raise ValueError(
             "a probe needs batches (images, labels) with one class number for each image; say where they are by "
             "labels=..., give it labeled data of its own by train_loader=..., or leave the probe out to train "
             "without labels"
         )
-    return labels.flatten().repeat(rows // len(labels))
+    return labels.flatten().long().repeat(rows // len(labels))
 
 
 def _count_classes(source: Any) -> int | None:
