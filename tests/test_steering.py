@@ -365,6 +365,26 @@ def test_settings_that_make_no_sense_are_refused(options: dict) -> None:
         AdaDim(**options)
 
 
+class ReturnsDictionary(OneCallPerView):
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.detach = detach
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        r = torch.cat([self.encoder(view) for view in batch[0]])
+        z = self.projector(r)
+        z1, z2 = z.chunk(2)
+        return {"loss": (z1 - z2).square().mean(), "r": r.detach(), "z": z.detach() if self.detach else z}
+
+
+def test_an_embedding_without_its_graph_is_an_error_when_steering() -> None:
+    sources = {"representation": "r", "embedding": "z"}
+    with pytest.raises(ValueError, match=r"Z has no gradient.*without detach\(\)"):
+        fit(ReturnsDictionary(detach=True), fixed_batches(1), AdaDim(**sources, native_loss="other"))
+    fit(ReturnsDictionary(detach=True), fixed_batches(1), AdaDim(**sources, native_loss="other", observe=True))
+    fit(ReturnsDictionary(detach=False), fixed_batches(1), AdaDim(**sources, native_loss="other"))
+
+
 def test_two_that_steer_one_loss_are_refused() -> None:
     module = OneCallPerView()
     with pytest.raises(ValueError, match="steered by another AdaDim already"):

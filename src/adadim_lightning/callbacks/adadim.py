@@ -205,6 +205,11 @@ class AdaDim(DimensionMonitor):
     def _steered(self, native: Tensor, batch: Any, outputs: Any) -> ObjectiveOutput:
         assert self.native_loss is not None
         r, z = self.feed.read(batch, outputs)
+        if native.requires_grad and not any(x.requires_grad for x in z.rows):
+            raise ValueError(
+                "Z has no gradient, so the added terms would train nothing; let training_step return it without "
+                "detach(), or name the submodule that puts it out"
+            )
         self._views = [[x.detach() for x in views.rows] for views in (r, z)]
         rows_r, rows_z = r.rows, z.rows
         if len(rows_r) == 1 and self.momentum is not None:
