@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adadim_lightning import AdaDim, DimensionMonitor, OnlineKNN, OnlineLinearProbe
 from adadim_lightning.tap import Feed, Tap, Views, batch_size_of
@@ -388,6 +389,22 @@ def test_the_graph_is_kept_where_it_is_wanted_and_leads_to_the_original_output()
     r, z = read(Feed(None, None), views, step)
     assert not any(x.requires_grad for x in (*r.rows, *z.rows))
     assert z.originals == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_call_that_is_repeated_in_the_backward_pass_counts_once(reentrant: bool) -> None:
+    module, feed = Anything(), Feed(None, None)
+    feed.open(module)
+    feed.record(True)
+    calls: list[int] = []
+    module.backbone.register_forward_hook(lambda *_: calls.append(1))
+    image = crops(1, 8)[0].requires_grad_()
+    z = checkpoint(lambda x: module.projector(module.backbone(x)), image, use_reentrant=reentrant)
+    z.sum().backward()
+    assert len(calls) == 2
+    r, z = feed.read(image, None)
+    assert len(r.rows) == len(z.rows) == 1
+    feed.close()
 
 
 def test_a_copy_of_a_tapped_model_is_not_tapped() -> None:

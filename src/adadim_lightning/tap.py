@@ -45,6 +45,11 @@ def _copy(output: Any, graph: bool) -> Any:
     return {key: x.clone() if graph else x.detach().clone() for key, x in tensors_of(output)}
 
 
+def _in_backward() -> bool:
+    """Whether activation checkpointing is calling the module again, for its gradients."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _size(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     for x in (*inputs, *named.values()):
         if isinstance(x, Tensor) and x.ndim >= 3:
@@ -126,7 +131,7 @@ class Tap:
     def _on_forward(
         self, submodule: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        if self._recording:
+        if self._recording and not _in_backward():
             copy = _copy(output, self._graph)
             original = output if self._graph else None
             self._calls.append(Call(copy, original, _size(inputs, named), torch.is_grad_enabled()))
