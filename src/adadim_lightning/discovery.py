@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,6 +99,12 @@ def tensors_of(output: Any) -> Iterator[tuple[Any, Tensor]]:
     yield from ((key, value) for key, value in items if isinstance(value, Tensor))
 
 
+def is_compiled(module: nn.Module, name: str = "") -> bool:
+    """Whether a module of this name was compiled, or is part of one that was."""
+    whole = getattr(module, "_compiler_ctx", None) is not None  # a LightningModule
+    return whole or "_orig_mod" in name or module._compiled_call_impl is not None
+
+
 class Survey:
     """Notes which submodules are called in one step, and the shapes of what they put out.
 
@@ -107,25 +114,25 @@ class Survey:
     def __init__(self, module: nn.Module) -> None:
         self._seen: dict[str, list[str]] = {}
         self._handles: list[RemovableHandle] = []
-        if getattr(module, "_compiler_ctx", None) is not None:
+        if is_compiled(module):
             return
         for name, submodule in module.named_modules():
-            compiled = "_orig_mod" in name or submodule._compiled_call_impl is not None
-            if name and not compiled and name.count(".") < _SURVEY_DEPTH:
-                self._handles.append(submodule.register_forward_hook(self._note(name)))
+            if name and name.count(".") < _SURVEY_DEPTH and not is_compiled(submodule, name):
+                self._handles.append(submodule.register_forward_hook(partial(self._note, name)))
 
-    def _note(self, name: str) -> Any:
-        def hook(submodule: nn.Module, inputs: Any, output: Any) -> None:
-            shapes = [
-                f"[{key}] {tuple(x.shape)}" if key is not None else f"{tuple(x.shape)}"
-                for key, x in tensors_of(output)
-                # Maps larger than a pixel are of no use as rows.
-                if x.ndim in (2, 3) or (x.ndim == 4 and x.shape[2:].numel() == 1)
-            ]
-            if shapes:
-                self._seen.setdefault(name, []).append(" ".join(shapes))
+    def __deepcopy__(self, memo: Any) -> "Survey":
+        # A copy of the model, such as a teacher, is not surveyed.
+        return Survey(nn.Module())
 
-        return hook
+    def _note(self, name: str, submodule: nn.Module, inputs: Any, output: Any) -> None:
+        shapes = [
+            f"[{key}] {tuple(x.shape)}" if key is not None else f"{tuple(x.shape)}"
+            for key, x in tensors_of(output)
+            # Maps larger than a pixel are of no use as rows.
+            if x.ndim in (2, 3) or (x.ndim == 4 and x.shape[2:].numel() == 1)
+        ]
+        if shapes and self._handles:
+            self._seen.setdefault(name, []).append(" ".join(shapes))
 
     def table(self) -> str:
         """One line for each submodule that put out something that could be R or Z."""

@@ -222,7 +222,10 @@ class AdaDimLoss(nn.Module):
             gradients = torch.autograd.grad(part, embeddings, scale, retain_graph=True, allow_unused=True)
             used = [x for x in gradients if x is not None]
             if not used:
-                raise ValueError('kappa="match" needs losses of Z, but one of them does not depend on it')
+                raise ValueError(
+                    'kappa="match" needs losses of Z, but one of them does not depend on it; of a model that is '
+                    "compiled as a whole, compile the submodules instead"
+                )
             squares.append(torch.stack([(x.float() / _GRADIENT_SCALE).square().sum() for x in used]).sum())
         total = torch.stack(squares)
         if world_size() > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adadim_lightning.discovery import Survey, find_embedding, find_representation, tensors_of
+from adadim_lightning.discovery import Survey, find_embedding, find_representation, is_compiled, tensors_of
 
 Source = str | Callable[[Any, Any, Any], Tensor | Sequence[Tensor]]
 """Where R or Z comes from: the dotted name of a submodule, ``name[key]`` for one entry of what it puts out, the
@@ -21,6 +21,10 @@ key of an entry of what ``training_step`` returns, or a function ``(module, batc
 Pool = Literal["class", "mean"]
 
 _taps: WeakKeyDictionary[nn.Module, "Tap"] = WeakKeyDictionary()
+
+
+class NotCalledError(RuntimeError):
+    """A submodule that is read was not called in this step."""
 
 
 class Call(NamedTuple):
@@ -140,10 +144,10 @@ class Tap:
         """The calls of the step: those of the student, where the submodule was called with and without gradients.
 
         Raises:
-            RuntimeError: the submodule was not called in this step.
+            NotCalledError: the submodule was not called in this step.
         """
         if not self._calls:
-            raise RuntimeError(f"the submodule {self.name!r} was not called in this step")
+            raise NotCalledError(f"the submodule {self.name!r} was not called in this step")
         return [call for call in self._calls if call.trained] or self._calls
 
 
@@ -362,14 +366,18 @@ class Feed:
         Raises:
             ValueError: a source does not exist, or does not put out rows, or R and Z differ in number; in the
                 first step the message lists the submodules and the shapes of what they put out.
-            RuntimeError: a submodule was not called.
+            NotCalledError: a submodule was not called.
         """
         try:
             if self._problem is not None:
                 raise ValueError(self._problem)
             views = self._line_up([self._pieces(i, batch, outputs) for i in range(len(self._sources))], batch)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{error}{self._end_survey()}") from None
+        except NotCalledError as error:
+            compiled = any(is_compiled(x) for x in self._module.modules())
+            advice = "what was compiled and has run before the fit is not seen: call torch.compiler.reset() first"
+            raise NotCalledError(f"{error}{f'; {advice}' if compiled else ''}{self._end_survey()}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}{self._end_survey()}") from error
         self._end_survey()
         return views
 

@@ -19,7 +19,7 @@ from adadim_lightning.distributed import gather_rows, training_steps, world_size
 from adadim_lightning.functional._numeric import no_autocast
 from adadim_lightning.metrics import KNNAccuracy
 from adadim_lightning.models.backbones import evaluating
-from adadim_lightning.tap import Feed, Pool, Source, batch_size_of, images_of
+from adadim_lightning.tap import Feed, NotCalledError, Pool, Source, batch_size_of, images_of
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
@@ -52,14 +52,24 @@ def labels_of(batch: Any, rows: int, where: Labels | None = None) -> Tensor:
     Raises:
         ValueError: the batch has no labels, or not one for each image.
     """
-    labels = _find_labels(batch) if where is None else where(batch) if callable(where) else batch[where]
+    labels: Any
+    if where is None:
+        labels = _find_labels(batch)
+    elif callable(where):
+        labels = where(batch)
+    else:
+        try:
+            labels = batch[where]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"the batches ({type(batch).__name__}) have no {where!r}, given by labels=") from None
     if not _are_labels(labels) or not len(labels) or rows % len(labels):
         raise ValueError(
             "a probe needs batches (images, labels) with one class number for each image; say where they are by "
             "labels=..., give it labeled data of its own by train_loader=..., or leave the probe out to train "
             "without labels"
         )
-    return labels.flatten().long().repeat(rows // len(labels))
+    found: Tensor = labels.flatten().long().repeat(rows // len(labels))
+    return found
 
 
 def _count_classes(source: Any) -> int | None:
@@ -173,7 +183,14 @@ class OnlineProbe(Callback):
     ) -> None:
         """Score a held-out batch."""
         if self._scores_steps(trainer):
-            self._score(*self._read(batch, outputs))
+            try:
+                r, labels = self._read(batch, outputs)
+            except NotCalledError as error:
+                raise NotCalledError(
+                    f"{error}; name what the model calls in validation too, or give {type(self).__name__} "
+                    "a val_loader"
+                ) from None
+            self._score(r, labels)
         self._feed.release()
 
     def _scores_steps(self, trainer: Trainer) -> bool:
@@ -205,6 +222,8 @@ class OnlineProbe(Callback):
             if self._ready():
                 for r, labels in self._embed(pl_module, self.val_loader):
                     self._score(r, labels)
+                if self.accuracy is None or not self.accuracy.update_called:
+                    raise ValueError("the val_loader of a probe has no batch")
                 self._log_accuracy(pl_module)
 
     def _learn_from_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:

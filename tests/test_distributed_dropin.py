@@ -1,0 +1,193 @@
+"""Modules of other people, measured and steered on two processes as on one."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from adadim_lightning import (
+    AdaDim,
+    AdaDimLoss,
+    Balance,
+    DimensionMonitor,
+    EffectiveRankSchedule,
+    OnlineKNN,
+    OnlineLinearProbe,
+)
+from adadim_lightning.distributed import world_size
+from tests.helpers import Recorder, fit, fixed_batches, held_out
+from tests.metrics.conftest import two_processes  # noqa: F401
+from tests.metrics.distributed import TwoProcesses
+from tests.test_distributed import BATCH, EPOCHS, STEPS, ddp_trainer, own_share
+
+lightly_loss = pytest.importorskip("lightly.loss")
+
+
+def negative_cosine(z1: Tensor, z2: Tensor) -> Tensor:
+    """A mean over images, whose mean over processes is that of all images."""
+    return -F.cosine_similarity(z1, z2).mean()
+
+
+def native_loss(kind: str) -> Any:
+    """The loss that stands for each kind."""
+    if kind == "sample_contrastive":
+        return lightly_loss.NTXentLoss(temperature=0.5, gather_distributed=True)
+    return negative_cosine if kind == "other" else nn.MSELoss()
+
+
+KINDS = ["sample_contrastive", "dimension_contrastive", "other"]
+
+
+class Foreign(LightningModule):
+    """Knows nothing of AdaDim; its normalization sees one image at a time, so that processes need not share it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 24), nn.GroupNorm(4, 24), nn.ReLU(), nn.Linear(24, 12)
+        )
+        self.projection_head = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.criterion = native_loss(kind)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (view1, view2), _ = batch
+        z1, z2 = (self.projection_head(self.backbone(view)) for view in (view1, view2))
+        return self.criterion(z1, z2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Gradients(Callback):
+    """As the optimizer is about to use them: after the processes have shared them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        assert all(p.grad is not None for p in pl_module.parameters())
+        self.steps.append({name: p.grad.clone() for name, p in pl_module.named_parameters()})
+
+
+def steering(kind: str, kappa: Any) -> AdaDim:
+    objective = AdaDimLoss(gamma=0.3, kappa=kappa)
+    balance = Balance(EffectiveRankSchedule(start=0.4), every_n_steps=2, window=10_000)
+    return AdaDim(native_loss=kind, objective=objective, balance=balance, window=10_000)
+
+
+def results(kind: str, kappa: Any) -> dict[str, Any]:
+    """One fit, on the whole of each batch or on this process's half; rounding would grow from step to step."""
+    steer, gradients, recorder = steering(kind, kappa), Gradients(), Recorder()
+    used, module = [steer, gradients, recorder], Foreign(kind)
+    if world_size() > 1:
+        batches = own_share(fixed_batches(STEPS * 2, BATCH))
+        ddp_trainer(used, use_distributed_sampler=False, precision="64-true").fit(module, batches)
+    else:
+        fit(module, fixed_batches(STEPS, 2 * BATCH), *used, max_epochs=EPOCHS, precision="64-true")
+    return {
+        "gradients": gradients.steps,
+        "logged": recorder.logged,
+        "kappa": float(steer.objective.kappa),
+        "weights": {name: x.detach().clone() for name, x in module.state_dict().items()},
+    }
+
+
+def gradients_of_lightly(x1: Tensor, x2: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 6)).double()
+    forward = DistributedDataParallel(model) if world_size() > 1 else model
+    share = len(x1) // world_size()
+    rank = distributed.get_rank() if world_size() > 1 else 0
+    own = slice(rank * share, (rank + 1) * share)
+    z1, z2 = forward(torch.cat([x1[own], x2[own]])).chunk(2)
+    native_loss("sample_contrastive")(z1, z2).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_the_gradient_of_lightlys_gathered_loss_is_that_of_one_process(
+    two_processes: TwoProcesses,  # noqa: F811
+) -> None:
+    """Its own convention, on which the sum with our terms rests: the mean over processes is the whole gradient."""
+    x1 = torch.randn(16, 7, dtype=torch.float64)
+    x2 = x1 + 0.3 * torch.randn_like(x1)
+    alone = gradients_of_lightly(x1, x2)
+    assert min(float(gradient.norm()) for gradient in alone.values()) > 1e-4
+    for found in two_processes.run(gradients_of_lightly, x1, x2):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+
+
+@cache
+def alone(kind: str, kappa: Any) -> dict[str, Any]:
+    return results(kind, kappa)
+
+
+@pytest.mark.parametrize("kappa", [1.0, "match"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_steer_somebody_elses_loss_as_one_does(
+    kind: str,
+    kappa: Any,
+    two_processes: TwoProcesses,  # noqa: F811
+) -> None:
+    first, second = two_processes.run(results, kind, kappa)
+    one = alone(kind, kappa)
+    assert first["logged"] == second["logged"]
+    assert first["kappa"] == second["kappa"] == pytest.approx(one["kappa"], rel=1e-3)
+    assert (one["kappa"] != 1.0) == (kappa == "match")
+    assert len(one["gradients"]) == STEPS * EPOCHS
+    for step, (ours, theirs, expected) in enumerate(
+        zip(first["gradients"], second["gradients"], one["gradients"], strict=True)
+    ):
+        largest = max(float(gradient.norm()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert torch.equal(ours[name], theirs[name]), (step, name)
+            error = float((ours[name] - gradient).norm())
+            # Alpha and kappa are float32; what they are rounded by grows with the epochs.
+            most = 1e-4 if step < STEPS else 1e-3
+            assert error < most * max(float(gradient.norm()), 1e-2 * largest), (step, name)
+    alphas = [logged["balance/alpha"] for logged in one["logged"]]
+    assert len({0.4, *alphas}) == 1 + EPOCHS
+    for together, logged in zip(first["logged"], one["logged"], strict=True):
+        assert together.keys() == logged.keys()
+        assert together == pytest.approx(logged, rel=1e-3, abs=1e-5)
+    for name, weights in one["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_the_terms_that_are_added_change_what_is_trained() -> None:
+    """The comparison above would not see it if steering did nothing at all."""
+    native = Foreign("other")
+    fit(native, fixed_batches(STEPS, 2 * BATCH), max_epochs=EPOCHS)
+    steered = alone("other", 1.0)["weights"]
+    assert float((native.backbone[1].weight - steered["backbone.1.weight"]).norm()) > 0.05
+
+
+def measured() -> dict[str, float]:
+    """A monitor, and probes with loaders of their own, which every process reads as a whole."""
+    bank, held = fixed_batches(8), held_out()
+    loaders = {"train_loader": bank, "val_loader": held}
+    used = [
+        DimensionMonitor(window=10_000),
+        OnlineKNN(k=5, **loaders),
+        OnlineLinearProbe(num_classes=10, **loaders),
+        Recorder(),
+    ]
+    module = Foreign("other")
+    if world_size() > 1:
+        ddp_trainer(used, use_distributed_sampler=False).fit(module, own_share(fixed_batches(STEPS * 2, BATCH)))
+    else:
+        fit(module, fixed_batches(STEPS, 2 * BATCH), *used, max_epochs=EPOCHS)
+    return used[-1].logged[-1]
+
+
+def test_two_processes_measure_and_probe_as_one_does(two_processes: TwoProcesses) -> None:  # noqa: F811
+    first, second = two_processes.run(measured)
+    assert first == second
+    one = measured()
+    assert {"dynamics/ER_R", "dynamics/I_RZ", "probe/knn_top1", "probe/linear_top1"} <= set(one)
+    assert first == pytest.approx(one, rel=2e-3, abs=1e-4)
