@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -117,7 +118,8 @@ class Survey:
         if is_compiled(module):
             return
         for name, submodule in module.named_modules():
-            if name and name.count(".") < _SURVEY_DEPTH and not is_compiled(submodule, name):
+            scripted = isinstance(submodule, torch.jit.ScriptModule)  # takes no hooks
+            if name and name.count(".") < _SURVEY_DEPTH and not (scripted or is_compiled(submodule, name)):
                 self._handles.append(submodule.register_forward_hook(partial(self._note, name)))
 
     def __deepcopy__(self, memo: Any) -> "Survey":

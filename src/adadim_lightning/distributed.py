@@ -19,6 +19,23 @@ def training_steps(trainer: Any) -> float:
     return steps if steps >= 0 else math.inf
 
 
+def training_progress(trainer: Any, steps: float) -> float:
+    """Share of a Lightning trainer's fit that is done, from 0 to 1; NaN where its length is not known.
+
+    Args:
+        trainer: in a training step.
+        steps: :func:`training_steps` of the whole fit.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return min(trainer.global_step / steps, 1.0) if math.isfinite(steps) else math.nan
+    # By hand, a module may step several optimizers in one batch, and max_steps counts all their steps.
+    parts = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
+    batches = (trainer.max_epochs or -1) * trainer.num_training_batches
+    if 0 < batches < math.inf:
+        parts.append(trainer.fit_loop.total_batch_idx / batches)
+    return min(max(parts), 1.0) if parts else math.nan
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

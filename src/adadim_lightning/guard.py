@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+
+from adadim_lightning.distributed import world_size
 
 
 class NonFiniteError(RuntimeError):
@@ -48,3 +51,15 @@ class FiniteGuard(nn.Module):
         step = int(self.first_bad_step)
         if step >= 0:
             raise NonFiniteError(step)
+
+    def check_all(self) -> None:
+        """Read the flags of all processes, which must call this together.
+
+        Raises:
+            NonFiniteError: one of them noted a step; it names the first.
+        """
+        if world_size() > 1:
+            step = torch.where(self.tripped, self.first_bad_step, torch.iinfo(torch.int64).max)
+            dist.all_reduce(step, dist.ReduceOp.MIN)
+            self.first_bad_step.copy_(torch.where(step == torch.iinfo(torch.int64).max, -1, step))
+        self.check()

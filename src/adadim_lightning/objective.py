@@ -143,7 +143,24 @@ class AdaDimLoss(nn.Module):
         self.alpha.fill_(alpha)
         self.beta.fill_(self.gamma * phase)
 
-    def forward(
+    def forward(self, r1: Tensor, r2: Tensor, z1: Tensor, z2: Tensor) -> ObjectiveOutput:
+        """Compute the objective of two views of N images.
+
+        Args:
+            r1: representation of the first view, shape ``(N, d_R)``, N >= 2, any floating dtype.
+            r2: that of the second view, the same shape.
+            z1: embedding of the first view, shape ``(N, d_Z)``.
+            z2: that of the second view, the same shape.
+
+        Returns:
+            The total and its named parts, in float32 or wider.
+
+        Raises:
+            ValueError: views that differ in shape, or fewer than 2 images.
+        """
+        return self.mix(self.parts(r1, r2, z1, z2), (z1, z2))
+
+    def parts(
         self,
         r1: Tensor,
         r2: Tensor,
@@ -152,21 +169,16 @@ class AdaDimLoss(nn.Module):
         *,
         decorrelation: Tensor | None = None,
         uniformity: Tensor | None = None,
-        embeddings: Sequence[Tensor] | None = None,
-    ) -> ObjectiveOutput:
-        """Compute the objective of two views of N images.
+    ) -> dict[str, Tensor]:
+        """The parts of the objective, unweighted and differentiable.
 
         Args:
-            r1: representation of the first view, shape ``(N, d_R)``, N >= 2, any floating dtype.
-            r2: that of the second view, the same shape.
-            z1: embedding of the first view, shape ``(N, d_Z)``.
-            z2: that of the second view, the same shape.
+            r1: as in :meth:`forward`.
+            r2: likewise.
+            z1: likewise.
+            z2: likewise.
             decorrelation: another loss in VICReg's place, a differentiable scalar.
             uniformity: another loss in NT-Xent's place, a differentiable scalar.
-            embeddings: where ``kappa="match"`` compares the gradients, if not at ``z1`` and ``z2``.
-
-        Returns:
-            The total and its named parts, in float32 or wider.
 
         Raises:
             ValueError: views that differ in shape, or fewer than 2 images.
@@ -177,9 +189,7 @@ class AdaDimLoss(nn.Module):
             raise ValueError(f"R and Z must have the same number of rows, got {len(r1)} and {len(z1)}")
         with no_autocast(z1):
             dtype = torch.promote_types(full_precision(r1).dtype, full_precision(z1).dtype)
-            r1, r2, z1, z2 = (x.to(dtype) for x in (r1, r2, z1, z2))
-            embeddings = (z1, z2) if embeddings is None else embeddings
-            r1, r2, z1, z2 = gather_rows(r1, r2, z1, z2)
+            r1, r2, z1, z2 = gather_rows(*(x.to(dtype) for x in (r1, r2, z1, z2)))
             parts: dict[str, Tensor] = {}
             if decorrelation is None:
                 vicreg = _vicreg_parts(
@@ -197,15 +207,28 @@ class AdaDimLoss(nn.Module):
             if uniformity is None:
                 uniformity = _nt_xent_of_gram(gram_z, self.temperature)
             information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
+        return parts | {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
+
+    def mix(self, parts: dict[str, Tensor], embeddings: Sequence[Tensor]) -> ObjectiveOutput:
+        """The objective of its parts.
+
+        Args:
+            parts: of :meth:`parts`, or their means over pairs of views.
+            embeddings: where ``kappa="match"`` compares the gradients of decorrelation and uniformity.
+
+        Returns:
+            The total and its named parts.
+        """
+        decorrelation, uniformity = parts["decorrelation"], parts["uniformity"]
+        with no_autocast(decorrelation):
             if self.match_gradients and self.training and decorrelation.requires_grad:
                 self._match_gradients(decorrelation, uniformity, embeddings)
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,
                 "uniformity": self.alpha * self.kappa * uniformity,
-                "information": self.beta * information,
+                "information": self.beta * parts["information"],
             }
             total = weighted["decorrelation"] + weighted["uniformity"] + weighted["information"]
-        parts |= {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
         return ObjectiveOutput(
             total,
             {name: value.detach() for name, value in parts.items()},

@@ -43,22 +43,22 @@ def steered_loss(
         The total and its parts; ``native`` is named in the place of what it replaces.
 
     Raises:
-        ValueError: a single view, where the loss is not ``"other"``; or what the objective raises.
+        ValueError: a single view, where the loss is not ``"other"``; fewer than 2 images.
     """
     place = NATIVE_LOSSES[kind]
+    if len(z[0]) < 2:
+        raise ValueError("AdaDim's terms need batches of 2 images or more; give the data loader drop_last=True")
     if len(r) == 1 and place is not None:
         raise ValueError(
             f"the student sees one view of each image, but beside a {kind} loss the added terms need two; "
-            "name the sources of the momentum branch's R and Z, in the student's order, by momentum=(...)"
+            "name the sources of the momentum branch's R and Z, in the student's order, by momentum=(...), or "
+            "give functions that return the rows of each view"
         )
     pairs = list(combinations(range(len(r)), 2)) or [(0, 0)]
     replaced = {} if place is None else {place: native}
-    outputs = [objective(r[i], r[j], z[i], z[j], embeddings=embeddings, **replaced) for i, j in pairs]
-    total = torch.stack([output.total for output in outputs]).mean()
-    parts, weighted = (
-        {name: torch.stack([values[name] for values in dicts]).mean() for name in dicts[0]}
-        for dicts in ([output.parts for output in outputs], [output.weighted for output in outputs])
-    )
+    each = [objective.parts(r[i], r[j], z[i], z[j], **replaced) for i, j in pairs]
+    means = {name: torch.stack([values[name] for values in each]).mean() for name in each[0]}
+    total, parts, weighted = objective.mix(means, z if embeddings is None else embeddings)
     if place is None:
         total = native + weight * total
         weighted = {name: weight * value for name, value in weighted.items()}

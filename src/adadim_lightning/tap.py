@@ -214,7 +214,12 @@ def images_of(batch: Any) -> Iterator[Tensor]:
 
 def batch_size_of(batch: Any) -> int | None:
     """Number of images of a batch: the rows of its first tensor of two or more dimensions."""
-    return next((len(images) for images in images_of(batch)), None)
+    return next(iter(batch_sizes_of(batch)), None)
+
+
+def batch_sizes_of(batch: Any) -> list[int]:
+    """Rows of each tensor of two or more dimensions in a batch; they may differ."""
+    return [len(images) for images in images_of(batch)]
 
 
 def _recut(pieces: list[_Piece], sizes: list[int]) -> list[_Piece]:
@@ -226,11 +231,14 @@ def _recut(pieces: list[_Piece], sizes: list[int]) -> list[_Piece]:
     return [_Piece(x, 0, originals if i == 0 else []) for i, x in enumerate(rows)]
 
 
-def _cut_into_views(pieces: list[_Piece], images: int | None) -> Views:
+def _cut_into_views(pieces: list[_Piece], sizes: list[int]) -> Views:
+    """Cut pieces with the rows of several views; one as long as a tensor of the batch is a view."""
     rows: list[Tensor] = []
     for piece in pieces:
-        several = images and not piece.is_view and len(piece.rows) > images and len(piece.rows) % images == 0
-        rows += torch.split(piece.rows, images) if images and several else [piece.rows]
+        whole = piece.is_view or len(piece.rows) in sizes
+        # The largest, so that a smaller tensor beside the images does not cut them to shreds.
+        images = next((n for n in sorted(sizes, reverse=True) if n and len(piece.rows) % n == 0), None)
+        rows += [piece.rows] if whole or images is None else torch.split(piece.rows, images)
     return Views(rows, [x for piece in pieces for x in piece.originals])
 
 
@@ -256,6 +264,8 @@ class Feed:
         if pool not in (None, "class", "mean"):
             raise ValueError(f'pool must be "class", "mean" or None, got {pool!r}')
         for name, source in (("representation", representation), ("embedding", embedding)):
+            if isinstance(source, nn.Module):
+                raise ValueError(f"{name} must be the dotted name of a submodule, not the submodule itself")
             if not (source is None or source is False or isinstance(source, str) or callable(source)):
                 raise ValueError(f"{name} must be a name or a function, got {source!r}")
         self.representation = representation
@@ -265,6 +275,7 @@ class Feed:
         self._sources: list[Source] = []
         self._taps: list[tuple[Tap, str | None] | None] = []
         self._survey: Survey | None = None
+        self._surveyed = False
         self._problem: str | None = None
 
     def names(self, module: nn.Module) -> list[Source]:
@@ -293,8 +304,7 @@ class Feed:
             self._problem = str(error)
             self._sources = []
         self._taps = [self._tap(source) for source in self._sources]
-        if self._survey is None:
-            self._survey = Survey(module)
+        self._surveyed = False
 
     def _tap(self, source: Source) -> tuple[Tap, str | None] | None:
         if not isinstance(source, str):
@@ -322,8 +332,15 @@ class Feed:
             )
         return module.get_submodule(self._taps[0][0].name)
 
+    def is_trained(self) -> bool:
+        """Whether R comes from a submodule with parameters that learn."""
+        tap = self._taps[0] if self._taps else None
+        return tap is not None and any(p.requires_grad for p in self.submodule(self._module).parameters())
+
     def record(self, wanted: bool, *, graph: bool = False) -> None:
-        """Begin a step."""
+        """Begin a step; the first that is wanted is surveyed."""
+        if wanted and not self._surveyed:
+            self._surveyed, self._survey = True, Survey(self._module)
         for tap in self._taps:
             if tap is not None:
                 tap[0].record(self, wanted, graph=graph)
@@ -404,19 +421,21 @@ class Feed:
             found = source(self._module, batch, outputs)
         several = isinstance(found, list | tuple)
         found = list(found) if several else [found]
+        if not found:
+            raise ValueError(f"{label} must give a tensor (N, d) or a list of them, got an empty list")
         for x in found:
             if not isinstance(x, Tensor):
                 raise ValueError(f"{label} must give a tensor (N, d) or a list of them, got {type(x).__name__}")
         return [_Piece(_as_rows(x, self.pool, label), 0, [x], several) for x in found]
 
     def _line_up(self, sources: list[list[_Piece]], batch: Any) -> list[Views]:
-        first, images = sources[0], batch_size_of(batch)
+        first, sizes = sources[0], batch_sizes_of(batch)
         # Crops of several sizes: the largest are the global views, which every branch of the module sees.
         size = max(piece.size for piece in first)
         large = [piece.size == size for piece in first]
         all_rows = [len(piece.rows) for piece in first]
         large_rows = list(compress(all_rows, large))
-        views = [_cut_into_views(list(compress(first, large)), images)]
+        views = [_cut_into_views(list(compress(first, large)), sizes)]
         for i, pieces in enumerate(sources[1:], start=1):
             rows = sum(len(piece.rows) for piece in pieces)
             if rows == sum(all_rows):
@@ -428,7 +447,7 @@ class Feed:
                     f"{self._label(0)} put out {sum(all_rows)} rows in this step but {self._label(i)} {rows}: "
                     "they must see the same views"
                 )
-            views.append(_cut_into_views(kept, images))
+            views.append(_cut_into_views(kept, sizes))
         return views
 
     def _label(self, index: int) -> str:

@@ -274,7 +274,7 @@ def test_the_labels_of_the_probes_own_loader_can_be_named_too() -> None:
     loader = DataLoader(rows, batch_size=40)
     probe = OnlineKNN(labels="kind of digit", train_loader=loader, val_loader=loader)
     fit(SimSiam(), unlabeled(), probe)
-    [(r, labels)] = probe.state_dict()["bank"]
+    [(r, labels)] = probe._bank
     assert torch.equal(labels, pixels_and_labels("train", 80)[1])
     assert r.shape == (80, 48)
 

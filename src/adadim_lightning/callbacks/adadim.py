@@ -11,13 +11,14 @@ from torch import Tensor
 
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
 from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
-from adadim_lightning.distributed import training_steps
+from adadim_lightning.distributed import training_progress, training_steps
 from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
+from adadim_lightning.guard import FiniteGuard
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 from adadim_lightning.steering import NATIVE_LOSSES, NativeLoss, Target, loss_of, replace_loss, steered_loss
-from adadim_lightning.tap import Feed, Pool, Source
+from adadim_lightning.tap import Feed, Pool, Source, batch_size_of
 
 
 class AdaDim(DimensionMonitor):
@@ -49,7 +50,7 @@ class AdaDim(DimensionMonitor):
         native_loss: what kind of loss the model has, if it has no ``AdaDimLoss``.
         target: dotted name of a number or a one-element tensor of the model that takes alpha.
         observe: change nothing, but log what it would do; the parts of the loss then are means over the measured
-            steps. The only way with a model that optimizes by hand.
+            steps, and ``kappa="match"`` stays at 1. The only way with a model that optimizes by hand.
         objective: the added terms and gamma, with ``native_loss`` or ``observe``.
         weight: of the added objective with ``native_loss="other"``.
         momentum: sources of R and Z of the momentum branch, for a model whose student sees one view of each image
@@ -110,6 +111,8 @@ class AdaDim(DimensionMonitor):
             raise ValueError(f"native_loss must be one of {', '.join(NATIVE_LOSSES)}, got {native_loss!r}")
         if native_loss is not None and target is not None:
             raise ValueError("native_loss changes the loss and target leaves it alone; give one of them")
+        if momentum is not None and (native_loss is None or len(momentum) != 2):
+            raise ValueError("momentum goes with native_loss and names two sources, those of R and of Z")
         if objective is not None and native_loss is None and not observe:
             raise ValueError("objective goes with native_loss or observe; the model's own AdaDimLoss is found")
         self.native_loss = native_loss
@@ -135,6 +138,7 @@ class AdaDim(DimensionMonitor):
         self._batch: Any = None
         self._views: list[list[Tensor]] | None = None
         self._undo: Callable[[], None] | None = None
+        self._guard = FiniteGuard()
 
     @property
     def alters_loss(self) -> bool:
@@ -175,6 +179,7 @@ class AdaDim(DimensionMonitor):
         self._balanced = self._find_objective(pl_module)
         self._target = None if self.target is None else Target(pl_module, self.target)
         self._values = None
+        self._guard = FiniteGuard().to(pl_module.device)
         super().on_fit_start(trainer, pl_module)
         if self.momentum is not None:
             self.momentum.open(pl_module)
@@ -193,6 +198,7 @@ class AdaDim(DimensionMonitor):
         """Learn how long the training is."""
         self._steps = training_steps(trainer)
         self.objective.to(pl_module.device)
+        self._guard.to(pl_module.device)
 
     # The loss of a module that has its own.
 
@@ -210,9 +216,15 @@ class AdaDim(DimensionMonitor):
                 "Z has no gradient, so the added terms would train nothing; let training_step return it without "
                 "detach(), or name the submodule that puts it out"
             )
+        if native.requires_grad and not any(x.requires_grad for x in r.rows) and self.feed.is_trained():
+            raise ValueError(
+                "R has no gradient though its submodule is trained: checkpoint activations by use_reentrant=False"
+            )
         self._views = [[x.detach() for x in views.rows] for views in (r, z)]
         rows_r, rows_z = r.rows, z.rows
-        if len(rows_r) == 1 and self.momentum is not None:
+        if self.momentum is not None:
+            if len(rows_r) > 1:
+                raise ValueError(f"momentum=... is for a student that sees one view; this one sees {len(rows_r)}")
             momentum_r, momentum_z = self.momentum.read(batch, outputs)
             rows_r, rows_z = rows_r + momentum_r.rows[-1:], rows_z + momentum_z.rows[-1:]
         return steered_loss(
@@ -227,6 +239,7 @@ class AdaDim(DimensionMonitor):
 
     def _total(self, pl_module: LightningModule, native: Tensor, outputs: Any) -> Tensor:
         output = self._steered(native, self._batch, outputs)
+        self._guard.watch(output.total, self._global_step)
         self._log_loss(pl_module, output)
         return output.total
 
@@ -248,22 +261,11 @@ class AdaDim(DimensionMonitor):
     def _plans(self) -> list[MeasuringPlan]:
         return [self.plan, self.balance_plan]
 
-    def _progress(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """From 0 to 1; NaN where the length of the training is not known."""
-        if pl_module.automatic_optimization:
-            return min(trainer.global_step / self._steps, 1.0) if math.isfinite(self._steps) else math.nan
-        # By hand, a module may step several optimizers in one batch, and max_steps counts all their steps.
-        parts = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else []
-        batches = (trainer.max_epochs or -1) * trainer.num_training_batches
-        if 0 < batches < math.inf:
-            parts.append(self._step / batches)
-        return min(max(parts), 1.0) if parts else math.nan
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set alpha and beta for this step."""
-        values = self.balance(self._progress(trainer, pl_module), trainer.current_epoch)
+        values = self.balance(training_progress(trainer, self._steps), trainer.current_epoch)
         if values != self._values:
             # An objective of the model itself is left alone when observing.
             if self._balanced is not None and not (self.observe and self._balanced is not self.objective):
@@ -277,23 +279,22 @@ class AdaDim(DimensionMonitor):
     def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
         super()._measure(r_views, z_views)
         if not self.shares_rows and self.balance_plan.measures(self._step, self._left, self._rows_per_step):
-            if self.balance.views == "first":
-                # One call a view, or one call with the views below each other.
-                self.balance_z.update(z_views[0] if len(z_views) > 1 else z_views[0].chunk(2)[0])
-            else:
-                for z in z_views:
-                    self.balance_z.update(z)
+            for z in z_views[:1] if self.balance.views == "first" else z_views:
+                self.balance_z.update(z)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take in a measured step, and renew the statistics when it is time."""
+        if self._measuring:
+            self._guard.check_all()
         native = loss_of(outputs)
         if self._measuring and self.observe and self.native_loss is not None and native is not None:
             if pl_module.automatic_optimization:
                 native = native * trainer.accumulate_grad_batches
-            with torch.no_grad():
-                self._log_loss(pl_module, self._steered(native, batch, outputs))
+            if (batch_size_of(batch) or 2) > 1:  # of one image, the terms are not defined
+                with torch.no_grad():
+                    self._log_loss(pl_module, self._steered(native, batch, outputs))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.momentum is not None:
             self.momentum.release()
@@ -302,7 +303,7 @@ class AdaDim(DimensionMonitor):
             self._renew_statistics(trainer)
 
     def _renew_statistics(self, trainer: Trainer) -> None:
-        if self.balance_z.empty or not self._information:
+        if self.balance_z.empty or not self._measured:
             return  # every step so far had a NaN or infinity
         eigenvalues_z, rows, dim_z = self.balance_z.read()
         eigenvalues_r, _, dim_r = self.recent_r.read()
@@ -328,6 +329,10 @@ class AdaDim(DimensionMonitor):
             self._log(pl_module, values)
         if self.balance_plan.epoch_end:
             self._renew_statistics(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to write a checkpoint that is not good."""
+        self._guard.check_all()
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, and that of the balance."""

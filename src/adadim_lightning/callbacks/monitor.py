@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.distributed import gather_rows, world_size
 from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.functional.information import matrix_mutual_information
@@ -58,7 +59,7 @@ class MeasuringPlan:
         return distance * rows_per_step < self.window
 
 
-class DimensionMonitor(Callback):
+class DimensionMonitor(TappingCallback):
     r"""Measures R and Z while the model trains, from its own forward pass, without labels or validation.
 
     Beside an :class:`~adadim_lightning.AdaDim` on the same submodules, which measures too, it stays silent.
@@ -118,12 +119,12 @@ class DimensionMonitor(Callback):
         check_bool("center", center)
         if spectrum not in ("singular", "eigen"):
             raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
+        super().__init__(name)
         self.representation = representation
         self.embedding = embedding
         self.feed = Feed(representation, embedding, pool)
         self.spectrum: Spectrum = spectrum
         self.center = center
-        self.name = name
         self.plan = MeasuringPlan(window, every_n_steps, epoch_end=True)
         self.recent_r = RecentRows(window, center=center)
         self.recent_z = RecentRows(window, center=center)
@@ -134,37 +135,29 @@ class DimensionMonitor(Callback):
         self._left = math.inf
         self._measuring = False
         self._silent = False
-        self._information: list[Tensor] = []
+        self._information = torch.zeros(())  # sum over the epoch's measured steps, nats
+        self._measured = 0
         self._log_n = 0.0
         self._keep_every = 1
         self._finite = True
 
-    @property
-    def state_key(self) -> str:
-        """Key of the state in the checkpoint."""
-        return f"{type(self).__qualname__}{{{self.name or ''}}}"
-
-    def _reads_as(self, other: "DimensionMonitor", module: LightningModule) -> bool:
+    def _logs_as(self, other: "DimensionMonitor", module: LightningModule) -> bool:
         """Whether another monitor logs the same values under the same names."""
         try:
             same = self.feed.names(module) == other.feed.names(module)
         except LookupError:
             same = (self.representation, self.embedding) == (other.representation, other.embedding)
-        return same and self.feed.pool == other.feed.pool and self.name == other.name
+        settings = [(x.feed.pool, x.spectrum, x.center, x.name) for x in (self, other)]
+        return same and settings[0] == settings[1]
 
     def _refuse_namesakes(self, others: list["DimensionMonitor"], module: LightningModule) -> None:
         """Two monitors under one name would log the mean of their values."""
         for other in others:
-            if other.name == self.name and not self._reads_as(other, module):
+            if other.name == self.name and not self._logs_as(other, module):
                 raise ValueError(
-                    f"two monitors, of {self.representation!r} and of {other.representation!r}, log under the "
-                    'same names; give one of them name="..."'
+                    "two monitors log under the same names, but differ in what they read or how they measure; "
+                    'give one of them name="..."'
                 )
-
-    def _key(self, key: str) -> str:
-        return f"{self.name}/{key}" if self.name else key
-
-    # Taps come and go with the fit, whatever ends it.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the taps."""
@@ -174,19 +167,11 @@ class DimensionMonitor(Callback):
             if isinstance(other, DimensionMonitor) and other is not self
         ]
         self._silent = not self.steers and any(
-            other.steers and other._reads_as(self, pl_module) for other in others
+            other.steers and other._logs_as(self, pl_module) for other in others
         )
         if not self._silent:
             self._refuse_namesakes(others, pl_module)
         self.feed.open(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the taps."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the taps."""
-        self._close()
 
     def _close(self) -> None:
         self.feed.close()
@@ -267,16 +252,18 @@ class DimensionMonitor(Callback):
         self.recent_z.update(z)
         r, z = gather_rows(r.float(), z.float())
         self._rows_per_step = len(r)
-        self._information.append(matrix_mutual_information(r, z))
+        self._information = self._information.to(r.device) + matrix_mutual_information(r, z)
+        self._measured += 1
         self._log_n = math.log(len(r))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's mean."""
-        self._information = []
+        self._information, self._measured = torch.zeros(()), 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured in this epoch."""
-        if self._silent or not self._information:
+        self.feed.release()  # a step that was begun and left out
+        if self._silent or not self._measured:
             return
         eigenvalues_r = self.recent_r.read()[0]
         eigenvalues_z = self.recent_z.read()[0]
@@ -293,7 +280,7 @@ class DimensionMonitor(Callback):
 
     def _mean_information(self) -> float:
         """Mean over the epoch's measured batches so far, nats."""
-        return float(torch.stack([information.cpu() for information in self._information]).mean())
+        return float(self._information) / self._measured
 
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         pl_module.log_dict(
@@ -321,7 +308,8 @@ class DimensionMonitor(Callback):
         """Step, recent rows and spectra."""
         return {
             "step": self._step,
-            "information": [float(x) for x in self._information],
+            "information": float(self._information),
+            "measured": self._measured,
             "log_n": self._log_n,
             "rows_per_step": self._rows_per_step,
             "recent_r": self.recent_r.state_dict(),
@@ -333,7 +321,8 @@ class DimensionMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._step = state_dict["step"]
-        self._information = [torch.tensor(x) for x in state_dict["information"]]
+        self._information = torch.tensor(state_dict["information"])
+        self._measured = state_dict["measured"]
         self._log_n = state_dict["log_n"]
         self._rows_per_step = state_dict["rows_per_step"]
         self.recent_r.load_state_dict(state_dict["recent_r"])

@@ -5,9 +5,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch import distributed as dist
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from adadim_lightning.distributed import gather_rows, training_steps, world_size
+from adadim_lightning.callbacks.tapping import TappingCallback
+from adadim_lightning.distributed import gather_rows, training_progress, training_steps, world_size
 from adadim_lightning.functional._numeric import no_autocast
 from adadim_lightning.metrics import KNNAccuracy
 from adadim_lightning.models.backbones import evaluating
@@ -85,7 +87,8 @@ def _count_classes(source: Any) -> int | None:
             if isinstance(count := getattr(features.get(key), "num_classes", None), int):
                 return count
     for name in ("labels", "targets"):
-        if (labels := getattr(source, name, None)) is not None:
+        labels = getattr(source, name, None)
+        if isinstance(labels, Tensor | np.ndarray | list) and len(labels) and not isinstance(labels[0], str):
             return int(torch.as_tensor(labels).max()) + 1
     inner = getattr(source, "dataset", None)  # a subset, or a data set with transforms around another
     return None if inner is None else _count_classes(inner)
@@ -103,7 +106,7 @@ def infer_num_classes(trainer: Trainer) -> int:
     raise ValueError("the number of classes is not known from the data; give OnlineLinearProbe num_classes=...")
 
 
-class OnlineProbe(Callback):
+class OnlineProbe(TappingCallback):
     """What both probes do: read R of training and validation steps, or of loaders, and log the accuracy."""
 
     def __init__(
@@ -116,30 +119,18 @@ class OnlineProbe(Callback):
         pool: Pool | None,
         name: str | None,
     ) -> None:
+        super().__init__(name)
         self.representation = representation
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.labels = labels
-        self.name = name
         self._feed = Feed(representation, pool=pool)
-
-    @property
-    def state_key(self) -> str:
-        """Key of the state in the checkpoint."""
-        return f"{type(self).__qualname__}{{{self.name or ''}}}"
-
-    # Taps come and go with the fit, whatever ends it.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the tap."""
         self._feed.open(pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the tap."""
-        self._feed.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the tap."""
+    def _close(self) -> None:
         self._feed.close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +153,8 @@ class OnlineProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Learn from a training step."""
-        if self.train_loader is None:
+        skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
+        if self.train_loader is None and not skipped:
             self._learn(trainer, *self._read(batch, outputs))
         self._feed.release()
 
@@ -216,12 +208,13 @@ class OnlineProbe(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn from and score on the probe's own data, and log the accuracy."""
+        self._feed.release()  # a step that was begun and left out
         if self.val_loader is not None:
             self._learn_from_loader(trainer, pl_module)
             self._before_scoring()
             if self._ready():
                 for r, labels in self._embed(pl_module, self.val_loader):
-                    self._score(r, labels)
+                    self._score(r[labels >= 0], labels[labels >= 0])
                 if self.accuracy is None or not self.accuracy.update_called:
                     raise ValueError("the val_loader of a probe has no batch")
                 self._log_accuracy(pl_module)
@@ -247,13 +240,16 @@ class OnlineProbe(Callback):
                         f"no images were found in a batch of the probe's loader: {type(batch).__name__}"
                     )
                 self._feed.record(True)
-                tapped(images.to(pl_module.dtype))
-                yield self._read(batch, None)
+                pixels = images.is_floating_point() or images.dtype == torch.uint8
+                tapped(images.to(pl_module.dtype) if pixels else images)
+                rows = self._read(batch, None)
+                self._feed.release()
+                yield rows
 
     def _log_accuracy(self, pl_module: LightningModule) -> None:
         if self.accuracy is not None and self.accuracy.update_called:
             pl_module.log(
-                f"{self.name}/{self.key}" if self.name else self.key,
+                self._key(self.key),
                 self.accuracy.compute(),
                 on_step=False,
                 on_epoch=True,
@@ -377,17 +373,22 @@ class OnlineLinearProbe(OnlineProbe):
         generator = torch.Generator().manual_seed(trainer.current_epoch)
         for _ in range(PASSES):
             for rows in torch.split(torch.randperm(len(r), generator=generator).to(r.device), BATCH_SIZE):
-                if len(rows) > 1:  # batch norm needs two
-                    self._step(trainer, r[rows], labels[rows])
+                self._step(trainer, r[rows], labels[rows])
 
     def _step(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         assert self.probe is not None
         assert self._optimizer is not None
-        progress = min(trainer.global_step / self._steps, 1.0)
+        if len(r) < 2:
+            return  # batch norm needs two
+        progress = training_progress(trainer, self._steps)
+        progress = 0.0 if math.isnan(progress) else progress
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr * (1 + math.cos(math.pi * progress)) / 2
         with torch.enable_grad(), no_autocast(r):
-            loss = nn.functional.cross_entropy(self.probe.train()(r), labels)
+            # A negative label marks an image without one.
+            known = labels.clamp_min(-1)
+            loss = nn.functional.cross_entropy(self.probe.train()(r), known, ignore_index=-1, reduction="sum")
+            loss = loss / (known >= 0).sum().clamp_min(1)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         if world_size() > 1:
@@ -486,7 +487,7 @@ class OnlineKNN(OnlineProbe):
                 r, column = gather_rows(r, labels[:, None].to(r.dtype))
                 labels = column[:, 0].long()
             self.accuracy = self.accuracy.to(r.device)
-            self.accuracy.set_bank(r, labels)
+            self.accuracy.set_bank(r[labels >= 0], labels[labels >= 0])
 
     def _ready(self) -> bool:
         return bool(self._bank)
@@ -495,8 +496,8 @@ class OnlineKNN(OnlineProbe):
         self.accuracy.update(r, labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """The bank."""
-        return {"bank": self._bank}
+        """The bank; the rows of a loader of its own are made anew."""
+        return {"bank": self._bank if self.train_loader is None else []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
