@@ -113,9 +113,6 @@ class Alternating(Callback):
         self.on = trainer.current_epoch % 2 == 1
         if self.on:
             self.monitor.on_fit_start(trainer, pl_module)
-            if trainer.current_epoch == 1:
-                # The first step of a fit lists all submodules, in case a name is wrong; not again in later blocks.
-                self.monitor.feed._survey.close()  # type: ignore[union-attr]
         if trainer.current_epoch == 2:  # two epochs to warm up
             self.watch.seconds = 0.0
         self.start = self.now()

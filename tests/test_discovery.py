@@ -53,6 +53,12 @@ def tree(*names: str, frozen: tuple[str, ...] = ()) -> nn.Module:
         # Parts of a backbone do not stand beside it.
         (["backbone.encoder", "backbone.head", "projector"], [], ("backbone", "projector")),
         (["backbone.head", "head"], [], ("backbone", "head")),
+        # A momentum branch goes by its name where it is not frozen.
+        (
+            ["student.backbone", "student.head", "teacher.backbone", "teacher.head"],
+            [],
+            ("student.backbone", "student.head"),
+        ),
         # A transformer projects its patches.
         (
             ["backbone.embeddings.patches.projection", "backbone.encoder.layer", "projection_head"],
@@ -74,6 +80,13 @@ def test_a_head_without_parameters_is_a_head() -> None:
     module = tree("backbone")
     module.projection_head = nn.Identity()
     assert find_embedding(module, "backbone") == "projection_head"
+
+
+def test_the_head_is_looked_for_outside_of_a_backbone_that_was_named() -> None:
+    module = tree("vit.projection", "projector")
+    for name in ("vit", "vit[last_hidden_state]"):
+        assert find_embedding(module, name) == "projector"
+    assert find_embedding(tree("backbone.projection", "projector"), None) == "projector"
 
 
 def test_none_or_several_is_an_error_that_says_so() -> None:

@@ -391,6 +391,55 @@ def test_the_graph_is_kept_where_it_is_wanted_and_leads_to_the_original_output()
     assert z.originals == []
 
 
+def test_views_that_a_function_lists_stay_whole_and_rows_that_fit_no_tensor_are_not_cut() -> None:
+    batch = torch.zeros(4, 6)
+    rows = torch.randn(8, 3)
+    [views] = read(Feed(lambda module, batch, outputs: [rows]), batch, lambda m: None)
+    assert len(views.rows) == 1
+    assert torch.equal(views.rows[0], rows)
+    [views] = read(Feed(lambda module, batch, outputs: rows), batch, lambda m: None)
+    assert [len(x) for x in views.rows] == [4, 4]
+    [views] = read(Feed(lambda module, batch, outputs: rows[:6]), batch, lambda m: None)
+    assert [len(x) for x in views.rows] == [6]
+
+
+def test_of_token_sequences_of_several_lengths_the_longest_are_read() -> None:
+    module, feed = nn.Module(), Feed("norm", pool="mean")
+    module.norm = nn.Identity()
+    feed.open(module)
+    feed.record(True)
+    long, short = torch.randn(2, 9, 4), torch.randn(2, 5, 4)
+    for tokens in (short, long, short):
+        module.norm(tokens)
+    [views] = feed.read(None, None)
+    assert len(views.rows) == 1
+    assert torch.equal(views.rows[0], long.mean(1))
+    feed.close()
+
+
+def test_structured_outputs_are_copied_too() -> None:
+    module, feed = nn.Module(), Feed("vit[0]")
+    module.vit = Tokens(lambda x: (x[:, 0] - 20, x))
+    feed.open(module)
+    feed.record(True)
+    r, _ = module.vit(TOKENS)
+    expected = r.clone()
+    nn.functional.relu_(r)
+    assert torch.equal(feed.read(TOKENS, None)[0].rows[0], expected)
+    feed.close()
+
+
+def test_the_class_token_of_a_map_is_an_error() -> None:
+    module, feed = nn.Module(), Feed("vit", pool="class")
+    module.vit = Tokens(lambda x: x[..., None].expand(-1, -1, -1, 2))
+    feed.open(module)
+    feed.record(True)
+    module.vit(TOKENS)
+    with pytest.raises(ValueError, match="must put out rows"):
+        feed.read(TOKENS, None)
+    feed.close()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_call_that_is_repeated_in_the_backward_pass_counts_once(reentrant: bool) -> None:
     module, feed = Anything(), Feed(None, None)

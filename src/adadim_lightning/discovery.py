@@ -31,11 +31,13 @@ def _outermost(names: list[str]) -> list[str]:
 
 
 def _matches(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    return [
+    names = [
         name
-        for name, submodule in module.named_modules()
-        if pattern.fullmatch(name.rpartition(".")[2]) and not _MOMENTUM.search(name) and _is_trained(submodule)
+        for name, _ in module.named_modules()
+        if pattern.fullmatch(name.rpartition(".")[2]) and not _MOMENTUM.search(name)
     ]
+    # Beside others a frozen one is a momentum branch; alone it is one that does not train, or not yet.
+    return [name for name in names if _is_trained(module.get_submodule(name))] or names
 
 
 def _student(module: nn.Module, name: str) -> str:

@@ -110,6 +110,8 @@ def replace_loss(
         outputs["loss"] = steered  # type: ignore[index]
         return outputs
 
+    # Lightning looks behind one decorator for the arguments: behind the module's own, if it has one.
+    training_step.__wrapped__ = getattr(native_step, "__wrapped__", native_step)
     training_step.steered_by_adadim = True  # type: ignore[attr-defined]
     module.training_step = training_step
 

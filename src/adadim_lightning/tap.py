@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -201,25 +201,19 @@ def _entry(output: Any, key: str | None, name: str) -> tuple[Any, Tensor]:
     raise ValueError(f"{name!r} put out {len(entries)} tensors; name one of them: {listed or 'there is none'}")
 
 
-def images_of(batch: Any) -> Iterator[Tensor]:
-    """The tensors of two or more dimensions in a batch, whatever it looks like, in their order."""
+def images_of(batch: Any, dims: int = 2) -> Iterator[Tensor]:
+    """The tensors of so many dimensions or more in a batch, whatever it looks like, in their order."""
     if isinstance(batch, Tensor):
-        if batch.ndim > 1:
+        if batch.ndim >= dims:
             yield batch
-    elif isinstance(batch, Mapping):
-        yield from chain.from_iterable(map(images_of, batch.values()))
-    elif isinstance(batch, list | tuple):
-        yield from chain.from_iterable(map(images_of, batch))
+    elif isinstance(batch, Mapping | list | tuple):
+        for x in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from images_of(x, dims)
 
 
 def batch_size_of(batch: Any) -> int | None:
     """Number of images of a batch: the rows of its first tensor of two or more dimensions."""
-    return next(iter(batch_sizes_of(batch)), None)
-
-
-def batch_sizes_of(batch: Any) -> list[int]:
-    """Rows of each tensor of two or more dimensions in a batch; they may differ."""
-    return [len(images) for images in images_of(batch)]
+    return next((len(images) for images in images_of(batch)), None)
 
 
 def _recut(pieces: list[_Piece], sizes: list[int]) -> list[_Piece]:
@@ -429,7 +423,8 @@ class Feed:
         return [_Piece(_as_rows(x, self.pool, label), 0, [x], several) for x in found]
 
     def _line_up(self, sources: list[list[_Piece]], batch: Any) -> list[Views]:
-        first, sizes = sources[0], batch_sizes_of(batch)
+        # The labels tell their number too, where the first dimension is that of the views.
+        first, sizes = sources[0], [len(x) for x in images_of(batch, dims=1)]
         # Crops of several sizes: the largest are the global views, which every branch of the module sees.
         size = max(piece.size for piece in first)
         large = [piece.size == size for piece in first]
@@ -437,17 +432,24 @@ class Feed:
         large_rows = list(compress(all_rows, large))
         views = [_cut_into_views(list(compress(first, large)), sizes)]
         for i, pieces in enumerate(sources[1:], start=1):
-            rows = sum(len(piece.rows) for piece in pieces)
-            if rows == sum(all_rows):
+            total = sum(len(piece.rows) for piece in pieces)
+            if total == sum(all_rows):
                 kept = list(compress(_recut(pieces, all_rows), large))
-            elif rows == sum(large_rows):
+            elif total == sum(large_rows):
                 kept = _recut(pieces, large_rows)
             else:
                 raise ValueError(
-                    f"{self._label(0)} put out {sum(all_rows)} rows in this step but {self._label(i)} {rows}: "
+                    f"{self._label(0)} put out {sum(all_rows)} rows in this step but {self._label(i)} {total}: "
                     "they must see the same views"
                 )
             views.append(_cut_into_views(kept, sizes))
+        for i, (rows, _) in enumerate(views):
+            if len({x.shape[1] for x in rows}) > 1:
+                shapes = ", ".join(str(tuple(x.shape)) for x in rows)
+                raise ValueError(
+                    f"{self._label(i)} put out views of different dimensions, {shapes}; follow each by a callback "
+                    "with a name of its own"
+                )
         return views
 
     def _label(self, index: int) -> str:

@@ -1,5 +1,6 @@
 """What real training code does beside the plain case."""
 
+import functools
 import math
 from typing import Any
 
@@ -303,3 +304,171 @@ def test_a_momentum_branch_beside_two_views_of_the_student_is_an_error() -> None
 def test_a_function_that_gives_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="got an empty list"):
         fit(FromPixels(), pixels(32, 16), DimensionMonitor(lambda module, batch, outputs: []))
+
+
+class Stacked(LightningModule):
+    """Batches ``(V, N, d)`` with N labels, a call for each view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.projector = nn.Linear(6, 12), nn.Linear(12, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z1, z2 = (self.projector(self.backbone(view)) for view in batch[0])
+        return (z1 - z2).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_views_in_the_first_dimension_are_told_by_the_labels() -> None:
+    x = torch.randn(2, 16, 6)
+    recorder = Recorder("backbone", "projector")
+    fit(Stacked(), DataLoader([(x, torch.arange(16))], batch_size=None), AdaDim(native_loss="other"), recorder)
+    z1, z2 = recorder.steps[0][1].chunk(2)
+    assert recorder.logged[0]["loss/invariance"] == pytest.approx(float((z1 - z2).square().mean()), rel=1e-5)
+
+
+def decorated(step: Any) -> Any:
+    @functools.wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(FromPixels):
+    @decorated
+    def training_step(self, batch: Any) -> Tensor:
+        return FromPixels.training_step(self, batch, 0)
+
+
+def test_a_decorated_step_is_called_with_the_arguments_it_takes() -> None:
+    used = fit(Decorated(), pixels(32, 16), AdaDim(native_loss="other"))
+    assert "loss/native" in used.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*has nothing to score on")
+def test_labels_of_one_of_several_data_sets_in_a_batch_are_not_taken_for_the_others() -> None:
+    loaders = {"labeled": pixels(16, 8, torch.arange(16) % 3), "unlabeled": pixels(32, 16)}
+    with pytest.raises(ValueError, match="say where they are by labels="):
+        fit(FromPixels(), loaders, OnlineKNN(k=3))
+
+
+def test_kappa_is_a_setting_that_a_checkpoint_does_not_override(tmp_path) -> None:
+    def steering(kappa: Any, every_n_steps: int) -> AdaDim:
+        balance = Balance(ConstantSchedule(0.5), every_n_steps=every_n_steps, window=64)
+        return AdaDim(native_loss="sample_contrastive", objective=AdaDimLoss(kappa=kappa), balance=balance)
+
+    fit(FromPixels(), pixels(32, 16), steering("match", 50), every_epoch(tmp_path))
+    for kappa in (4.0, 1.0):
+        resumed = steering(kappa, 7)  # also with other rows behind alpha
+        fit(FromPixels(), pixels(32, 16), resumed, max_epochs=2, ckpt_path=tmp_path / "0.ckpt")
+        assert float(resumed.objective.kappa) == kappa
+    matched = steering("match", 50)
+    fit(FromPixels(), pixels(32, 16), matched, max_epochs=1, ckpt_path=tmp_path / "0.ckpt")
+    assert float(matched.objective.kappa) == pytest.approx(
+        float(torch.load(tmp_path / "0.ckpt", weights_only=True)["callbacks"]["AdaDim{}"]["objective"]["kappa"])
+    )
+    assert float(matched.objective.kappa) != 1
+
+
+def test_a_frozen_backbone_is_found_where_no_other_is() -> None:
+    module = FromPixels()
+    module.backbone.requires_grad_(False)
+    assert "dynamics/ER_R" in fit(module, pixels(32, 16), DimensionMonitor()).callback_metrics
+
+
+def test_views_of_different_dimensions_are_an_error() -> None:
+    def towers(module: Any, batch: Any, outputs: Any) -> list[Tensor]:
+        return [torch.randn(16, 4), torch.randn(16, 5)]
+
+    with pytest.raises(ValueError, match=r"views of different dimensions, \(16, 4\), \(16, 5\)"):
+        fit(FromPixels(), pixels(32, 16), DimensionMonitor(towers, towers))
+
+
+def test_the_bound_of_the_information_is_that_of_the_largest_batch() -> None:
+    used = fit(FromPixels(), pixels(33, 16), DimensionMonitor())
+    assert float(used.callback_metrics["dynamics/log_n"]) == pytest.approx(math.log(32))
+
+
+class RestsSometimes(FromPixels):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 1:
+            return self.backbone(batch[0]).square().mean()
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_head_that_rests_in_some_steps_is_measured_in_the_others() -> None:
+    used = fit(RestsSometimes(), pixels(64, 16), DimensionMonitor())
+    assert float(used.callback_metrics["dynamics/ER_Z"]) > 1
+    with pytest.raises(RuntimeError, match="'projector' was not called in this step"):
+        fit(RestsSometimes(), pixels(64, 16), AdaDim(native_loss="other"))
+
+
+def test_matched_kappa_meets_the_native_loss_however_the_parts_are_called() -> None:
+    class HeadAtOnce(FromPixels):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            r = [self.backbone(batch[0] + noise) for noise in (0.0, 0.1)]
+            z1, z2 = self.projector(torch.cat(r)).chunk(2)
+            return (z1 * z2).sum().square()
+
+    class HeadByView(HeadAtOnce):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            r1, r2 = self.backbone(torch.cat([batch[0], batch[0] + 0.1])).chunk(2)
+            return (self.projector(r1) * self.projector(r2)).sum().square()
+
+    kappas = []
+    for module in (HeadAtOnce(), HeadByView()):
+        steering = AdaDim(native_loss="sample_contrastive", objective=AdaDimLoss(kappa="match"))
+        fit(module, pixels(16, 16), steering)
+        kappas.append(float(steering.objective.kappa))
+    assert kappas[0] == pytest.approx(kappas[1], rel=1e-4)
+    assert kappas[0] != 1
+
+
+def test_logged_beta_is_gamma_times_the_phase() -> None:
+    balance = Balance(ConstantSchedule(0.5), beta=ConstantSchedule(0.25))
+    steering = AdaDim(native_loss="other", objective=AdaDimLoss(gamma=0.4), balance=balance)
+    used = fit(FromPixels(), pixels(32, 16), steering)
+    assert float(used.callback_metrics["balance/beta"]) == pytest.approx(0.1)
+    assert float(steering.objective.beta) == pytest.approx(0.1)
+
+
+def test_one_warning_for_all_bad_steps_in_a_row() -> None:
+    class Bad(FromPixels):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            scale = math.nan if batch_idx in (1, 2) else 1.0
+            return super().training_step([batch[0] * scale], batch_idx).nan_to_num() * 0.0
+
+    with pytest.warns(UserWarning, match="NaN or infinity") as warned:
+        fit(Bad(), pixels(64, 16), DimensionMonitor())
+    assert sum("NaN or infinity" in str(w.message) for w in warned) == 1
+
+
+def test_validation_after_a_fit_and_probes_in_bfloat16_leave_no_error() -> None:
+    data = pixels(64, 16, torch.arange(64) % 3)
+    knn = OnlineKNN(k=3)
+    used = fit(Skips(), (data, data), knn, OnlineLinearProbe(num_classes=3), DimensionMonitor())
+    before = float(used.callback_metrics["probe/knn_top1"])
+    used.validate(Skips(), data, verbose=False)
+    assert "probe/knn_top1" not in used.callback_metrics
+    assert before > 0
+    used = fit(
+        FromPixels(), pixels(64, 16), OnlineKNN(k=3, train_loader=data, val_loader=data), precision="bf16-true"
+    )
+    assert float(used.callback_metrics["probe/knn_top1"]) > 0
+
+
+def test_a_crash_leaves_no_hook_of_a_probe() -> None:
+    class Crashes(FromPixels):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 1:
+                raise KeyError("crash")
+            return super().training_step(batch, batch_idx)
+
+    module, data = Crashes(), pixels(64, 16, torch.arange(64) % 3)
+    with pytest.raises(KeyError):
+        fit(module, data, OnlineKNN(k=3, val_loader=data), OnlineLinearProbe(num_classes=3, val_loader=data))
+    assert not any(submodule._forward_hooks for submodule in module.modules())

@@ -346,6 +346,9 @@ class AdaDim(DimensionMonitor):
         """Go on from :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.balance.load_state_dict(state_dict["balance"])
-        self.objective.load_state_dict(state_dict["objective"])
-        if not self.shares_rows:
+        objective = dict(state_dict["objective"])
+        if not self.objective.match_gradients:
+            objective["kappa"] = self.objective.kappa  # a setting, no state
+        self.objective.load_state_dict(objective)
+        if not self.shares_rows and "balance_z" in state_dict:  # else the balance had other settings
             self.balance_z.load_state_dict(state_dict["balance_z"])

@@ -20,7 +20,7 @@ from adadim_lightning.functional.spectrum import (
 )
 from adadim_lightning.guard import FiniteGuard, NonFiniteError
 from adadim_lightning.metrics.window import RecentRows
-from adadim_lightning.tap import Feed, Pool, Source
+from adadim_lightning.tap import Feed, NotCalledError, Pool, Source
 
 MOST_SNAPSHOTS = 256
 
@@ -69,8 +69,8 @@ class DimensionMonitor(TappingCallback):
     Logged at the end of each epoch, in nats where they are logarithms: ``dynamics/H_R`` and ``dynamics/ER_R``,
     entropy and effective rank of the representation; ``dynamics/ER_Z``, that of the embedding;
     ``dynamics/I_RZ``, mean over the epoch's measured steps of the order-2 mutual information of the batch's
-    rows (all views); ``dynamics/log_n``, the logarithm of their number, which bounds it. Effective ranks are
-    those of the last ``window`` rows of all views. Values are equal on every process.
+    rows (all views); ``dynamics/log_n``, the logarithm of their largest number, which bounds it. Effective ranks
+    are those of the last ``window`` rows of all views. Values are equal on every process.
 
     Args:
         representation: where R comes from: the dotted name of the submodule that puts it out, ``name[key]`` for
@@ -213,9 +213,15 @@ class DimensionMonitor(TappingCallback):
             guard = getattr(pl_module, "guard", None)
             if isinstance(guard, FiniteGuard):
                 guard.check()
-            r_views, z_views = self._read(batch, outputs)
             may_go_on = not (self.alters_loss or isinstance(guard, FiniteGuard))
-            if self._all_finite([*r_views, *z_views], may_go_on):
+            try:
+                r_views, z_views = self._read(batch, outputs)
+            except NotCalledError:
+                # Once it has been read, a submodule may rest in some steps.
+                if self._rows_per_step == 0 or not may_go_on:
+                    raise
+                r_views, z_views = [], []
+            if r_views and self._all_finite([*r_views, *z_views], may_go_on):
                 if self._rows_per_step == 0:
                     self._rows_per_step = sum(map(len, r_views)) * world_size()
                 if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
@@ -254,11 +260,11 @@ class DimensionMonitor(TappingCallback):
         self._rows_per_step = len(r)
         self._information = self._information.to(r.device) + matrix_mutual_information(r, z)
         self._measured += 1
-        self._log_n = math.log(len(r))
+        self._log_n = max(self._log_n, math.log(len(r)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's mean."""
-        self._information, self._measured = torch.zeros(()), 0
+        self._information, self._measured, self._log_n = torch.zeros(()), 0, 0.0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured in this epoch."""

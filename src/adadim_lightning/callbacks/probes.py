@@ -56,7 +56,9 @@ def labels_of(batch: Any, rows: int, where: Labels | None = None) -> Tensor:
     """
     labels: Any
     if where is None:
-        labels = _find_labels(batch)
+        # Of several data sets in one batch it is not known whose rows these are.
+        several = len({len(images) for images in images_of(batch)}) > 1
+        labels = None if several else _find_labels(batch)
     elif callable(where):
         labels = where(batch)
     else:
