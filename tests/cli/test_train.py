@@ -119,6 +119,8 @@ def test_closing_report_fits_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    import pytorch_lightning  # noqa: F401  other packages do, and it takes over the messages of the trainer
+
     assert run(monkeypatch, tmp_path / "run", *ONE_STEP) == 0
     lines = capsys.readouterr().out.splitlines()
     for word in (

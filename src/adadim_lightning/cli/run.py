@@ -245,7 +245,8 @@ class Run:
 
 def _quieten() -> None:
     """Leave the terminal to what the user needs to see."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    # Once something has imported pytorch_lightning, lightning speaks through that package's logger.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
