@@ -1,6 +1,7 @@
 """`adadim-train` from the command line to the run folder, in this process."""
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -119,7 +120,9 @@ def test_closing_report_fits_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    import pytorch_lightning  # noqa: F401  other packages do, and it takes over the messages of the trainer
+    # Other packages import it, and it takes over the messages of the trainer.
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        importlib.import_module(name)
 
     assert run(monkeypatch, tmp_path / "run", *ONE_STEP) == 0
     lines = capsys.readouterr().out.splitlines()
