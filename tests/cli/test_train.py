@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,14 +329,20 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_a_summary(
 ) -> None:
     command = [sys.executable, "-m", "adadim_lightning.cli.train", "trainer.max_epochs=5000", "run_dir=run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+
+    def heed_interrupts() -> None:  # what a shell starts in the background ignores them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed_interrupts, **pipes) as process:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run" / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(sent)
-        error = process.communicate(timeout=60)[1]
+        try:
+            error = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == code, error
     assert "everything so far is in run" in error.splitlines()[-1]
     found = summary(tmp_path / "run")
