@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adadim_lightning import AdaDim, DimensionMonitor, OnlineKNN, OnlineLinearProbe
-from adadim_lightning.tap import Feed, Tap, Views, batch_size_of
+from adadim_lightning.feed import Feed, Views, batch_size_of
+from adadim_lightning.tap import Tap
 from tests.helpers import fit, fixed_batches, held_out, tiny_module, trainer
 
 

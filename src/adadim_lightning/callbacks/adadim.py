@@ -12,13 +12,13 @@ from torch import Tensor
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
 from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
 from adadim_lightning.distributed import training_progress, training_steps
+from adadim_lightning.feed import Feed, Pool, Source, batch_size_of
 from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
 from adadim_lightning.guard import FiniteGuard
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 from adadim_lightning.steering import NATIVE_LOSSES, NativeLoss, Target, loss_of, replace_loss, steered_loss
-from adadim_lightning.tap import Feed, Pool, Source, batch_size_of
 
 
 class AdaDim(DimensionMonitor):
@@ -247,13 +247,7 @@ class AdaDim(DimensionMonitor):
         values = {"loss/total": output.total.detach()}
         values |= {f"loss/{name}": value for name, value in output.parts.items()}
         values |= {f"loss_weighted/{name}": value for name, value in output.weighted.items()}
-        pl_module.log_dict(
-            {self._key(key): value for key, value in values.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=1,
-            sync_dist=True,
-        )
+        self._log(pl_module, values)
 
     def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
         return self._views if self._views is not None else super()._read(batch, outputs)

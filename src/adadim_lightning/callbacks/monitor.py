@@ -1,6 +1,7 @@
 """Logs how many dimensions R and Z span, and how much of R the head lets through."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.distributed import gather_rows, world_size
+from adadim_lightning.feed import Feed, Pool, Source
 from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.functional.information import matrix_mutual_information
 from adadim_lightning.functional.spectrum import (
@@ -20,7 +22,7 @@ from adadim_lightning.functional.spectrum import (
 )
 from adadim_lightning.guard import FiniteGuard, NonFiniteError
 from adadim_lightning.metrics.window import RecentRows
-from adadim_lightning.tap import Feed, NotCalledError, Pool, Source
+from adadim_lightning.tap import NotCalledError
 
 MOST_SNAPSHOTS = 256
 
@@ -288,7 +290,7 @@ class DimensionMonitor(TappingCallback):
         """Mean over the epoch's measured batches so far, nats."""
         return float(self._information) / self._measured
 
-    def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+    def _log(self, pl_module: LightningModule, values: Mapping[str, float | Tensor]) -> None:
         pl_module.log_dict(
             {self._key(key): value for key, value in values.items()},
             on_step=False,

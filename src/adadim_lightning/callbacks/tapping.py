@@ -1,5 +1,6 @@
 """What callbacks that read a model's R and Z have in common."""
 
+from abc import abstractmethod
 from copy import deepcopy
 from typing import Any
 from weakref import ref
@@ -47,6 +48,6 @@ class TappingCallback(Callback):
         """Remove the taps."""
         self._close()
 
+    @abstractmethod
     def _close(self) -> None:
         """Remove the taps."""
-        raise NotImplementedError
