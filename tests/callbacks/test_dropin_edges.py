@@ -136,7 +136,12 @@ def test_images_without_a_label_teach_and_score_nothing() -> None:
     hidden[:16] = -1
     module = Skips()
     module.training_step = lambda batch, batch_idx: FromPixels.training_step(module, batch, batch_idx)
-    fit(module, (pixels(64, 16, hidden), pixels(64, 16, hidden)), OnlineLinearProbe(num_classes=3), OnlineKNN(k=3))
+    both = pixels(64, 16, hidden), pixels(64, 16, hidden)
+    knn, scored = OnlineKNN(k=3), []
+    score = knn._score
+    knn._score = lambda r, y: (scored.append(y), score(r, y))  # type: ignore[method-assign,assignment,func-returns-value]
+    fit(module, both, OnlineLinearProbe(num_classes=3), knn, num_sanity_val_steps=0)
+    assert torch.equal(torch.cat(scored), hidden[hidden >= 0])
 
 
 def test_nothing_is_held_after_the_steps_and_the_probes_own_batches() -> None:

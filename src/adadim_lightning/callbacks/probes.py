@@ -101,8 +101,13 @@ class OnlineProbe(TappingCallback):
                     f"{error}; name what the model calls in validation too, or give {type(self).__name__} "
                     "a val_loader"
                 ) from None
-            self._score(r, labels)
+            self._score_known(r, labels)
         self._feed.release()
+
+    def _score_known(self, r: Tensor, labels: Tensor) -> None:
+        known = labels >= 0  # a negative label marks an image without one
+        if known.any():
+            self._score(r[known], labels[known])
 
     def _scores_steps(self, trainer: Trainer) -> bool:
         return self.val_loader is None and self._ready() and trainer.state.fn == "fit"
@@ -133,7 +138,7 @@ class OnlineProbe(TappingCallback):
             self._before_scoring()
             if self._ready():
                 for r, labels in self._embed(pl_module, self.val_loader):
-                    self._score(r[labels >= 0], labels[labels >= 0])
+                    self._score_known(r, labels)
                 if self.accuracy is None or not self.accuracy.update_called:
                     raise ValueError("the val_loader of a probe has no batch")
                 self._log_accuracy(pl_module)
