@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from adadim_lightning import AdaDimModule
-from adadim_lightning.data import InMemoryImages, LabeledImages, TwoViews, digits
+from adadim_lightning.data import ImageData, MemoryImages, TwoViews, digits
 
 DIM_R, DIM_Z = 12, 8
 
@@ -30,16 +30,16 @@ def two_noisy_views() -> TwoViews:
 
 
 @cache
-def all_digits() -> InMemoryImages:
+def all_digits() -> ImageData:
     return digits(views=two_noisy_views())
 
 
-def some_digits(train: int = 96, test: int = 40, batch_size: int = 32) -> InMemoryImages:
+def some_digits(train: int = 96, test: int = 40, batch_size: int = 32) -> ImageData:
     """The first digits, with random views."""
     images = all_digits()
-    return InMemoryImages(
-        LabeledImages(images.train.images[:train], images.train.labels[:train]),
-        LabeledImages(images.test.images[:test], images.test.labels[:test]),
+    return ImageData(
+        MemoryImages(images.train.images[:train], images.train.labels[:train]),
+        MemoryImages(images.test.images[:test], images.test.labels[:test]),
         views=two_noisy_views(),
         batch_size=batch_size,
     )
@@ -127,7 +127,7 @@ def fit(module: LightningModule, data: Any, *callbacks: Callback, **options: Any
     path = options.pop("ckpt_path", None)
     used = trainer(*callbacks, **options)
     loaders: dict[str, Any] = {"datamodule": data}
-    if not isinstance(data, InMemoryImages):
+    if not isinstance(data, ImageData):
         train, val = data if isinstance(data, tuple) else (data, None)
         loaders = {"train_dataloaders": train, "val_dataloaders": val}
     if path is not None and "weights_only" in inspect.signature(used.fit).parameters:

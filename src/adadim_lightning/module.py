@@ -36,6 +36,7 @@ class AdaDimModule(LightningModule):
         optimizer: takes parameter groups; AdamW by default. Biases and norms are in a group without weight
             decay.
         lr_schedule: takes the optimizer and the number of steps, and is stepped after each; none by default.
+        channels_last: keep images and weights of the backbone in the memory format that GPUs prefer.
 
     Example:
         >>> module = AdaDimModule(torch.nn.Flatten(), torch.nn.Linear(12, 8))
@@ -50,12 +51,16 @@ class AdaDimModule(LightningModule):
         objective: AdaDimLoss | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_schedule: ScheduleFactory | None = None,
+        *,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self._format = torch.channels_last if channels_last else torch.preserve_format
+        self.backbone = backbone.to(memory_format=self._format) if channels_last else backbone
         self.projection_head = projection_head
         self.objective = objective if objective is not None else AdaDimLoss()
         self.guard = FiniteGuard()
+        self.origin: dict[str, Any] | None = None  # what it was made of, for the checkpoint
         self._optimizer = optimizer
         self._lr_schedule = lr_schedule
 
@@ -68,7 +73,7 @@ class AdaDimModule(LightningModule):
         Returns:
             Shape ``(B, d_R)``.
         """
-        representation: Tensor = self.backbone(images.to(self.dtype))
+        representation: Tensor = self.backbone(images.to(self.dtype, memory_format=self._format))
         return representation
 
     def training_step(self, batch: tuple[tuple[Tensor, Tensor], Any], batch_idx: int) -> Tensor:
@@ -162,5 +167,7 @@ class AdaDimModule(LightningModule):
         self.guard.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write a checkpoint that is not good."""
+        """Refuse to write a checkpoint that is not good; put in what the model was made of."""
         self.guard.check()
+        if self.origin is not None:
+            checkpoint["adadim"] = self.origin

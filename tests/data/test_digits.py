@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from adadim_lightning.data import InMemoryImages, LabeledImages, digits
+from adadim_lightning.data import ImageData, MemoryImages, digits
 from tests.helpers import all_digits, fit, some_digits, tiny_module, two_noisy_views
 
 
@@ -65,17 +65,17 @@ def test_a_batch_size_that_cannot_be_is_an_error(batch_size: int) -> None:
 )
 def test_images_that_do_not_fit_are_an_error(images: Tensor, labels: Tensor) -> None:
     with pytest.raises(ValueError, match="images must be uint8"):
-        LabeledImages(images, labels)
+        MemoryImages(images, labels)
 
 
-def numbered(size: int) -> LabeledImages:
+def numbered(size: int) -> MemoryImages:
     """Every image is filled with its own label."""
     labels = torch.arange(size)
-    return LabeledImages(labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone(), labels)
+    return MemoryImages(labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone(), labels)
 
 
 def test_labels_stay_with_their_images_through_the_loaders() -> None:
-    data = InMemoryImages(numbered(50), numbered(20), views=two_noisy_views(), batch_size=8)
+    data = ImageData(numbered(50), numbered(20), views=two_noisy_views(), batch_size=8)
     seen = []
     for images, labels in data.train_dataloader():
         assert torch.equal(images[:, 0, 0, 0].long(), labels)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional import effective_rank, eigenvalue_spectrum, spectral_entropy
+from adadim_lightning.functional import effective_rank, eigenvalue_spectrum, rankme, spectral_entropy
 from adadim_lightning.functional.spectrum import Spectrum
 
 SPECTRA: tuple[Spectrum, ...] = ("singular", "eigen")
@@ -15,7 +15,9 @@ SMALL_SCALE = 1e-3
 
 both_spectra = pytest.mark.parametrize("spectrum", SPECTRA)
 centered_and_not = pytest.mark.parametrize("center", [False, True])
-all_estimators = pytest.mark.parametrize("estimator", [eigenvalue_spectrum, spectral_entropy, effective_rank])
+all_estimators = pytest.mark.parametrize(
+    "estimator", [eigenvalue_spectrum, spectral_entropy, effective_rank, rankme]
+)
 
 
 def low_rank(n: int, d: int, rank: int) -> Tensor:
@@ -184,6 +186,25 @@ def test_the_centered_effective_rank_of_n_points_is_at_most_n_minus_1() -> None:
 def test_the_two_spectra_give_different_ranks() -> None:
     x = decaying(300, 64)
     assert effective_rank(x, spectrum="singular") > 1.5 * effective_rank(x, spectrum="eigen")
+
+
+@every_input
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_rankme_equals_its_definition_with_the_guard(make, dtype: torch.dtype) -> None:
+    x = make().to(dtype)
+    values = np.sqrt(reference_eigenvalues(x, center=False))
+    p = values / values.sum() + 1e-7
+    assert rankme(x).item() == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+    assert rankme(x).item() == pytest.approx(effective_rank(x).item(), rel=1e-3)
+
+
+def test_the_guard_of_rankme_lifts_an_isotropic_input_above_its_dimension_but_hardly() -> None:
+    assert 2048.5 < rankme(torch.eye(2048)).item() < 2052
+
+
+@pytest.mark.parametrize("x", [torch.zeros(7, 4), torch.ones(7, 4), torch.zeros(1, 1)])
+def test_rankme_of_a_collapsed_input_is_1(x: Tensor) -> None:
+    assert rankme(x).item() == pytest.approx(1, abs=1e-4)
 
 
 @all_estimators

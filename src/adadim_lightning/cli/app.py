@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import hydra
 import hydra.utils
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -25,6 +26,21 @@ def config_dir() -> Path:
     package = Path(__file__).parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parents[1] / "conf"
+
+
+EVAL_DATA = {key: f"${{data.{key}}}" for key in ("image_size", "channels", "mean", "std")}
+
+
+def offer_eval_data() -> None:
+    """Make every option of the group ``data`` one of ``eval_data`` too, at the size and in the colors of ``data``."""
+    store = ConfigStore.instance()
+    root = config_dir() / "data"
+    for path in sorted(root.rglob("*.yaml")):
+        node = OmegaConf.load(path)
+        assert isinstance(node, DictConfig)
+        node.pop("defaults", None)  # of views and backbone there is one, that of data
+        group = "/".join(("eval_data", *path.relative_to(root).parts[:-1]))
+        store.store(group=group, name=path.stem, node=OmegaConf.merge(node, EVAL_DATA), provider="adadim-lightning")
 
 
 def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -> None:
@@ -53,6 +69,7 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         finally:
             os.environ[FULL_ERROR] = "1"
 
+    offer_eval_data()
     # Hydra raises instead of printing a traceback and ending the process by itself.
     os.environ[FULL_ERROR] = "1"
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,21 +27,32 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import carry_on_without_output
 from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
+from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.versions import versions
-from adadim_lightning.data import InMemoryImages
+from adadim_lightning.data import ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
-from adadim_lightning.functional._numeric import check_integer
+from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
+from adadim_lightning.optim import scale_learning_rate
+from adadim_lightning.trust import check_targets
 
 Figures = dict[str, float]
 
 TERMINATED = 143  # as shells number a SIGTERM
 
 REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
-KEYS = {*REQUIRED, "lr_schedule", "callbacks", "logger", "optimized_metric"}
+SWITCHES = ("channels_last", "compile", "show_views")
+KEYS = {
+    *REQUIRED,
+    *SWITCHES,
+    *("eval_data", "lr_schedule", "lr_scaling", "callbacks", "logger", "optimized_metric", "trust"),
+}
+MOST_EVALUATED = 5000  # images of the closing evaluation; adadim-evaluate takes them all
+MOST_RAW_PIXELS = 1024
 TRAINER_INTEGERS = {
     "max_epochs": 1,
     "max_steps": 1,
@@ -104,6 +115,8 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
         check_config(config)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         summary["config"] = OmegaConf.to_container(config, resolve=True)
+        if not run.prepare():
+            return None
         run.fit()
         run.evaluate()
     except Exception as error:
@@ -152,6 +165,8 @@ def check_config(config: DictConfig) -> None:
         value = config.trainer.get(key)
         if value is not None and value != -1:
             check_integer(f"trainer.{key}", value, low=low)
+    for key in SWITCHES:
+        check_bool(key, config.get(key, False))
     if config.trainer.get("limit_train_batches") == 0:
         raise ValueError("nothing would be trained: trainer.limit_train_batches is 0")
     if config.trainer.max_epochs is None and config.trainer.max_steps in (None, -1):
@@ -174,6 +189,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.evaluation: Figures = {}
+        self.views: TwoViews
         self.trainer: Trainer | None = None
 
     @property
@@ -181,28 +197,35 @@ class Run:
         """Number of epochs that were finished."""
         return 0 if self.trainer is None else self.trainer.current_epoch
 
-    def fit(self) -> None:
-        """Make all objects and train."""
+    def prepare(self) -> bool:
+        """Make all objects; False if only the views were wanted."""
         config = self.config
         _quieten()
         seed_everything(config.seed, workers=True, verbose=False)
-        self.data: LightningDataModule = instantiate(config.data, _convert_="all")
+        check_targets(OmegaConf.to_container(config, resolve=True), list(config.get("trust") or ()))
+        self.views = instantiate(config.views, _convert_="all")
+        self.data = make_data(config.data, "data", self.views)
+        say(f"data       {self.data}")
+        if config.get("show_views"):
+            self._draw_views()
+            return False
+        chosen = config.get("eval_data")
+        self.eval_data = make_data(chosen, "eval_data", self.views) if chosen else self.data
         self.backbone: nn.Module = instantiate(config.backbone, _convert_="all")
         self.untrained = copy.deepcopy(self.backbone)
-        head = instantiate(config.head, _convert_="all")(representation_dim(self.backbone, self._image()))
-        module = AdaDimModule(
-            self.backbone,
-            head,
-            instantiate(config.objective, _convert_="all"),
-            instantiate(config.optimizer, _convert_="all"),
-            instantiate(config.get("lr_schedule"), _convert_="all"),
-        )
+        image = self.views.clean(self.data.sample(1)[0])[0]
+        head = instantiate(config.head, _convert_="all")(representation_dim(self.backbone, image))
+        if config.get("compile"):
+            for part in (self.backbone, head):
+                part.compile()
+        callbacks = self._callbacks()
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [CSVLogger(str(self.folder), name="", version="")]
         loggers += instantiate(config.get("logger") or {}, _convert_="all").values()
-        callbacks = list(instantiate(config.get("callbacks") or {}, _convert_="all").values())
+        trainer = config.trainer
         self.trainer = instantiate(
-            config.trainer,
+            trainer,
+            precision=trainer.get("precision") or best_precision(trainer.get("accelerator", "auto")),
             logger=loggers,
             callbacks=callbacks,
             default_root_dir=str(self.folder),
@@ -210,37 +233,105 @@ class Run:
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             _convert_="all",
         )
-        self.trainer.fit(module, datamodule=self.data)
+        self.module = AdaDimModule(
+            self.backbone,
+            head,
+            instantiate(config.objective, _convert_="all"),
+            self._optimizer(),
+            instantiate(config.get("lr_schedule"), _convert_="all"),
+            channels_last=bool(config.get("channels_last")),
+        )
+        self.module.origin = {
+            "config": OmegaConf.to_container(config, resolve=True),
+            "image_shape": list(image.shape),
+            "classes": None if self.data.num_classes is None else self.data.num_classes,
+        }
+        return True
+
+    def _callbacks(self) -> list[Callback]:
+        """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
+        callbacks = list(instantiate(self.config.get("callbacks") or {}, _convert_="all").values())
+        probes = [callback for callback in callbacks if isinstance(callback, OnlineProbe)]
+        data = self.eval_data
+        if not data.is_labeled:
+            say(
+                "labels     none, so no probes; H(R), I(R;Z) and the ranks need none "
+                "(eval_data=... brings labeled images)"
+            )
+            return [callback for callback in callbacks if callback not in probes]
+        if data is not self.data:
+            say(f"eval_data  {data}")
+            train, test = data.train, data.test
+            assert isinstance(train, ImageSet)
+            assert test is not None
+            for probe in probes:
+                probe.train_loader = data.loader(train, clean=True)
+                probe.val_loader = data.loader(test, clean=True)
+        return callbacks
+
+    def _optimizer(self) -> Any:
+        """The factory of the optimizer, its learning rate scaled by the global batch."""
+        config = self.config
+        assert self.trainer is not None
+        processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        batch = self.data.batch_size * processes * accumulated
+        rule = str(config.get("lr_scaling") or "none")
+        lr = config.optimizer.get("lr")
+        if lr is None:
+            return instantiate(config.optimizer, _convert_="all")
+        scaled = scale_learning_rate(lr, batch, rule)
+        parts = f"{self.data.batch_size}" + (f" x {processes} processes" if processes > 1 else "")
+        parts += f" x {accumulated} accumulated" if accumulated > 1 else ""
+        scaling = {"none": "not scaled", "linear": f"{lr:g} x {batch}/256", "sqrt": f"{lr:g} x sqrt({batch}/256)"}
+        say(f"optimizer  learning rate {scaled:g} ({scaling[rule]}); global batch {batch} = {parts}")
+        say(f"precision  {self.trainer.precision} on {self.trainer.strategy.root_device}")
+        return instantiate(config.optimizer, lr=scaled, _convert_="all")
+
+    @rank_zero_only
+    def _draw_views(self) -> None:
+        from adadim_lightning.report.views import draw_views
+
+        images, _ = self.data.sample(8)
+        path = self.folder / "views.png"
+        draw_views(self.views, images).savefig(path, dpi=120)
+        say(f"What the model sees is in {os.path.relpath(path)}; without show_views=true it is trained on that")
+
+    def fit(self) -> None:
+        """Train."""
+        assert self.trainer is not None
+        self.trainer.fit(self.module, datamodule=self.data)
         if self.trainer.global_step == 0:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
-    def _image(self) -> torch.Tensor:
-        if not isinstance(self.data, InMemoryImages):
-            raise ValueError(
-                f"data must be made as InMemoryImages, got {type(self.data).__name__}; "
-                "with other data modules use AdaDimModule in a program of your own"
-            )
-        return self.data.views.clean(self.data.train.images[:1])[0]
-
     def evaluate(self) -> None:
         """Score the frozen backbone on the held-out images, beside raw pixels and the untrained one."""
-        assert isinstance(self.data, InMemoryImages)
-        splits = [(split.images, split.labels) for split in (self.data.train, self.data.test)]
-        for name, backbone in (
-            ("raw", nn.Flatten()),
-            ("untrained", self.untrained),
-            ("trained", self.backbone),
-        ):
-            train, test = (
-                embed(
-                    backbone,
-                    zip(torch.split(images, 512), torch.split(labels, 512), strict=True),
-                    self.data.views.clean,
-                )
-                for images, labels in splits
-            )
+        data = self.eval_data
+        if not data.is_labeled or not isinstance(data.train, ImageSet) or data.test is None:
+            return
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        splits = [some_labeled(images, MOST_EVALUATED) for images in (data.train, data.test)]
+        backbones = {"raw": nn.Flatten(), "untrained": self.untrained, "trained": self.backbone}
+        if math.prod(data.image_shape) > MOST_RAW_PIXELS:
+            del backbones["raw"]
+        for name, backbone in backbones.items():
+            train, test = (embed(backbone.to(device), data.loader(x), self.views.clean) for x in splits)
             self.evaluation[f"evaluation/{name}_linear_top1"] = linear_accuracy(train, test)
             self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
+
+
+def best_precision(accelerator: str) -> str:
+    """Mixed bfloat16 on GPUs that have it, else full precision."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def some_labeled(images: ImageSet, most: int) -> ImageSet:
+    """The images that have a label; of many, a fixed random part."""
+    labeled = (images.labels >= 0).nonzero().flatten()
+    if len(labeled) > most:
+        labeled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))[:most]]
+    return images if len(labeled) == len(images) else images.subset(labeled.sort().values.tolist())
 
 
 def _quieten() -> None:
@@ -302,10 +393,12 @@ def print_report(
     if evaluation:
         table = Table(title="Held-out accuracy of frozen features", title_justify="left", show_edge=False)
         table.add_column("")
-        for column in ("raw pixels", "untrained backbone", "trained backbone"):
-            table.add_column(column, justify="right")
+        columns = {"raw": "raw pixels", "untrained": "untrained backbone", "trained": "trained backbone"}
+        names = [name for name in columns if f"evaluation/{name}_knn_top1" in evaluation]
+        for name in names:
+            table.add_column(columns[name], justify="right")
         for key, label in (("linear_top1", "linear probe"), ("knn_top1", "kNN")):
-            scores = (evaluation[f"evaluation/{name}_{key}"] for name in ("raw", "untrained", "trained"))
+            scores = (evaluation[f"evaluation/{name}_{key}"] for name in names)
             table.add_row(label, *(f"{score:.3f}" for score in scores))
         console.print()
         console.print(table)

@@ -1,61 +1,205 @@
-"""Two random views of each image, made in one batched call on the device."""
+"""Two random views of each image: batched on the device, or one image at a time on the host."""
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from adadim_lightning.data.augmentations import AUGMENTATIONS, Size
+from adadim_lightning.functional._numeric import check_integer
+
+Recipe = Mapping[str, Mapping[str, Any] | nn.Module | None]
 
 
 class TwoViews(nn.Module):
     """Augments a batch twice: every image and every view draws its own transformation.
 
+    A recipe names its augmentations in their order: ``crop`` (scale, ratio), ``flip`` (p), ``vertical_flip`` (p),
+    ``affine`` (degrees, translate, scale, shear, p), ``color_jitter`` (brightness, contrast, saturation, hue, p),
+    ``grayscale`` (p), ``blur`` (sigma, p), ``solarize`` (threshold, p), ``noise`` (std, p); under any other name a
+    module of one's own, of float images in ``[0, 1]``, batched for kornia and single for torchvision.
+
     Args:
-        augmentations: kornia augmentations (or any modules) on float images in ``[0, 1]``, applied in order.
+        augmentations: the recipe, parameters by name; or modules in their order.
         mean: mean of each channel in ``[0, 1]``, subtracted after them.
         std: standard deviation of each channel, divided by after that.
+        size: side of the views; None is that of the images.
+        second: what the second view does otherwise: parameters that replace those of the recipe, name by name.
+        backend: ``"kornia"``: whole batches, on the device; ``"torchvision"``: one image at a time, in the
+            processes that load, from the image as it was before it was scaled.
+
+    Raises:
+        ValueError: an augmentation or a parameter is not known.
 
     Example:
-        >>> view1, view2 = TwoViews([], mean=[0.5], std=[0.5])(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-        >>> view1.shape, view1.max()
-        (torch.Size([4, 1, 8, 8]), tensor(-1.))
+        >>> views = TwoViews({"flip": {"p": 0.5}, "noise": {"std": 0.1}}, mean=[0.5], std=[0.5])
+        >>> view1, view2 = views(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+        >>> view1.shape
+        torch.Size([4, 1, 8, 8])
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, augmentations: Sequence[nn.Module], *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        augmentations: Recipe | Sequence[nn.Module],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int | None = None,
+        second: Recipe | None = None,
+        backend: Literal["kornia", "torchvision"] = "kornia",
+    ) -> None:
         super().__init__()
-        self.augmentations = nn.Sequential(*augmentations)
+        if backend not in ("kornia", "torchvision"):
+            raise ValueError(f'backend must be "kornia" or "torchvision", got {backend!r}')
+        if size is not None:
+            check_integer("size", size, low=1)
+        if not isinstance(augmentations, Mapping):
+            augmentations = {str(i): module for i, module in enumerate(augmentations)}
+        self.size = size
+        self.on_host = backend == "torchvision"
+        self._recipes = _recipe_of_each_view(augmentations, second or {})
+        # Modules of one's own move with this one; kornia's have nothing that could move.
+        self.own = nn.ModuleList(x for recipe in self._recipes for x in recipe.values() if isinstance(x, nn.Module))
+        self._built: dict[Size, list[tuple[nn.Module, nn.Module]]] = {}
         self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std must have one entry a channel, got {len(self.mean)} and {len(self.std)}")
+        self.pipelines((8, 8))  # mistakes in the recipe are found here
+
+    def pipelines(self, size: Size) -> list[tuple[nn.Module, nn.Module]]:
+        """The module of each step for the first and for the second view; the same one where they agree.
+
+        Args:
+            size: height and width of the views.
+        """
+        if size not in self._built:
+            first, second = self._recipes
+            steps = []
+            for name in first:
+                module = _build(name, first[name], size, self.on_host)
+                same = first[name] is second[name] or first[name] == second[name]
+                steps.append((module, module if same else _build(name, second[name], size, self.on_host)))
+            self._built[size] = steps
+        return self._built[size]
+
+    def _size_of(self, images: Tensor) -> Size:
+        return (self.size, self.size) if self.size is not None else (images.shape[-2], images.shape[-1])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views.
+        """Two views of a batch.
 
         Args:
             images: shape ``(N, C, H, W)``, uint8.
 
         Returns:
-            Two tensors ``(N, C, H, W)``, float32, normalized.
+            Two tensors ``(N, C, S, S)``, float32, normalized.
         """
+        if self.on_host:
+            views = [self.of_one(image) for image in images]
+            return torch.stack([view1 for view1, _ in views]), torch.stack([view2 for _, view2 in views])
         pixels = images.float() / 255
-        view1, view2 = self._normalize(self.augmentations(torch.cat([pixels, pixels]))).chunk(2)
+        both = torch.cat([pixels, pixels])
+        for module1, module2 in self.pipelines(self._size_of(images)):
+            if module1 is module2:
+                both = module1(both)
+            else:
+                view1, view2 = both.chunk(2)
+                both = torch.cat([module1(view1), module2(view2)])
+        view1, view2 = self._normalize(both).chunk(2)
+        return view1, view2
+
+    @torch.no_grad()
+    def of_one(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views of one image, by torchvision.
+
+        Args:
+            image: shape ``(C, H, W)``, uint8, of any size.
+
+        Returns:
+            Two tensors ``(C, S, S)``, float32, normalized.
+        """
+        views = [image, image]
+        for step in self.pipelines(self._size_of(image)):
+            views = [
+                module(view / 255 if view.dtype == torch.uint8 and _needs_floats(module) else view)
+                for module, view in zip(step, views, strict=True)
+            ]
+        view1, view2 = (
+            self._normalize(view / 255 if view.dtype == torch.uint8 else view.clamp(0, 1)) for view in views
+        )
         return view1, view2
 
     @torch.no_grad()
     def clean(self, images: Tensor) -> Tensor:
-        """The images as they are, normalized.
+        """The images as they are, normalized; the middle of those that are larger than a view.
 
         Args:
             images: shape ``(N, C, H, W)``, uint8.
 
         Returns:
-            Shape ``(N, C, H, W)``, float32.
+            Shape ``(N, C, S, S)``, float32.
         """
+        size = self._size_of(images)
+        if images.shape[-2:] != size:
+            if min(images.shape[-2:]) < min(size):
+                images = resize(images, list(size), antialias=True)
+            images = center_crop(images, list(size))
         return self._normalize(images.float() / 255)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         if self.mean.device != pixels.device:
             self.to(pixels.device)
+        if len(self.mean) not in (1, pixels.shape[-3]):
+            raise ValueError(
+                f"mean and std have {len(self.mean)} channels but the images {pixels.shape[-3]}: set data.channels, "
+                "or data.mean and data.std"
+            )
         return (pixels - self.mean) / self.std
+
+
+def _recipe_of_each_view(first: Recipe, changes: Recipe) -> tuple[Recipe, Recipe]:
+    first = {name: value for name, value in first.items() if value is not None}
+    for name in changes:
+        if name not in first:
+            raise ValueError(f"second changes {name!r}, which is not in the recipe: {', '.join(first)}")
+    second = {}
+    for name, value in first.items():
+        change = changes.get(name)
+        both = isinstance(value, Mapping) and isinstance(change, Mapping)
+        second[name] = {**value, **change} if both else value if change is None else change  # type: ignore[dict-item]
+    return first, second
+
+
+def _build(name: str, value: Any, size: Size, on_host: bool) -> nn.Module:
+    if isinstance(value, nn.Module):
+        return value
+    make = AUGMENTATIONS.get(name)
+    if make is None:
+        raise ValueError(f"there is no augmentation {name!r}{_nearest(name, AUGMENTATIONS)}")
+    known = [x for x in inspect.signature(make).parameters if x != "size"]
+    for parameter in value:
+        if parameter not in known:
+            raise ValueError(f"{name} has no parameter {parameter!r}{_nearest(parameter, known)}")
+    return make(size, **value)[on_host]
+
+
+def _nearest(wrong: str, names: Any) -> str:
+    near = difflib.get_close_matches(str(wrong), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
+
+
+def _needs_floats(module: nn.Module) -> bool:
+    """Whether a step of torchvision's works on floats in ``[0, 1]``: noise, solarization, and one's own."""
+    inner = module.transforms[0] if type(module).__name__ == "RandomApply" else module
+    return type(inner).__name__ in ("GaussianNoise", "RandomSolarize") or not type(inner).__module__.startswith(
+        "torchvision."
+    )

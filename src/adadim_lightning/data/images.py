@@ -1,0 +1,375 @@
+"""Sets of images: in memory as uint8 tensors, or decoded file by file; labels are optional."""
+
+import io
+import os
+import warnings
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from adadim_lightning.functional._numeric import check_integer
+
+Batch = tuple[Tensor, Tensor]
+Encoded = str | Path | bytes | Image.Image
+"""An image as a file, the bytes of one, or what Pillow made of it."""
+
+UNLABELED = -1
+MODES = {1: "L", 3: "RGB"}
+MOST_NAMED = 10
+# What Pillow raises for files that are cut off, damaged, too large, or no images at all.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError, MemoryError)
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether an error of decoding speaks of the image, not of the program."""
+    return isinstance(error, _BROKEN) or type(error).__module__ == "struct"
+
+
+class UnreadableImagesError(ValueError):
+    """More images cannot be read than ``max_unreadable`` allows."""
+
+
+def decode(source: Encoded, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
+    """Decode an image: the first frame, upright, in grey or RGB.
+
+    Args:
+        source: a file, its bytes, or an opened image.
+        channels: 1 or 3.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its sides stay
+            this long.
+
+    Returns:
+        Image of mode ``L`` or ``RGB``; 16-bit grey is scaled to 8 bits, transparency shown on white.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it is no image, or damaged.
+    """
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)  # type: ignore[assignment]
+    image = source if isinstance(source, Image.Image) else Image.open(source)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # Palettes with transparency, damaged EXIF: said once for each file, and of no use to the user.
+        warnings.simplefilter("ignore")
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        if "exif" in image.info or image.format in ("TIFF", "PNG"):
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it
+            top = 65535 if image.mode.startswith("I") else 1
+            image = image.convert("F").point(lambda x: x * (255 / top)).convert("L")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert(MODES[channels])
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to ``size`` and cut out the middle."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+class ImageSet(Dataset[Any]):
+    """Images of one set, their labels, and their names.
+
+    Attributes:
+        labels: class of each image, shape ``(N,)``, int64; -1 where there is none.
+        classes: names of the classes, or None.
+        names: file or other name of each image, or None.
+        channels: 1 or 3.
+    """
+
+    labels: Tensor
+    classes: Sequence[str] | None
+    names: Sequence[str] | None
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None where no image has a label."""
+        if self.classes is not None:
+            return len(self.classes)
+        known = int(self.labels.max()) + 1 if len(self.labels) else 0
+        return known or None
+
+    @property
+    def is_labeled(self) -> bool:
+        """Whether any image has a label."""
+        return bool((self.labels >= 0).any())
+
+    @abstractmethod
+    def pixels(self, index: int) -> tuple[Tensor, int]:
+        """One image as a loader's worker sees it, uint8 ``(C, H, W)``, uncropped, and its label."""
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Images of one size, uint8 ``(B, C, S, S)``, and their labels."""
+
+    def __getitem__(self, index: int) -> Batch:
+        """One image and its label."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    @abstractmethod
+    def subset(self, indices: Sequence[int]) -> "ImageSet":
+        """Some of the images."""
+
+    def _subset_names(self, indices: Sequence[int]) -> Sequence[str] | None:
+        return None if self.names is None else [self.names[i] for i in indices]
+
+
+class MemoryImages(ImageSet):
+    """Images as one tensor: a batch is one indexing, not N of them, and an epoch costs no decoding.
+
+    Args:
+        images: shape ``(N, C, H, W)``, uint8, C 1 or 3.
+        labels: shape ``(N,)``, integers, -1 where there is none; None if no image has one.
+        classes: names of the classes.
+        names: name of each image.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+
+    Example:
+        >>> MemoryImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8)).is_labeled
+        False
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        labels = torch.full((len(images),), UNLABELED) if labels is None else labels
+        if (
+            images.ndim != 4
+            or images.dtype != torch.uint8
+            or images.shape[1] not in MODES
+            or labels.shape != images.shape[:1]
+        ):
+            raise ValueError(
+                "images must be uint8 of shape (N, C, H, W) with 1 or 3 channels and labels of shape (N,), got "
+                f"{images.dtype} {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        self.images = images
+        self.labels = labels.long()
+        self.classes = classes
+        self.names = names
+        self.channels = images.shape[1]
+
+    def pixels(self, index: int) -> tuple[Tensor, int]:
+        """One image and its label."""
+        return self.images[index], int(self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """One batch, as the data loader asks for it."""
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen.to(self.images.device)], self.labels[chosen]
+
+    def subset(self, indices: Sequence[int]) -> "MemoryImages":
+        """Some of the images."""
+        images, labels = self.__getitems__(indices)
+        return MemoryImages(images, labels, classes=self.classes, names=self._subset_names(indices))
+
+    def resized(self, size: int | None, channels: int) -> "MemoryImages":
+        """The images at another size, the middle of those that are not square, in grey or RGB.
+
+        Args:
+            size: of the sides; None leaves them.
+            channels: 1 or 3.
+        """
+        images = self.images
+        if images.shape[1] != channels:
+            weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+            images = (
+                images.expand(-1, 3, -1, -1).contiguous()
+                if channels == 3
+                else torch.cat([(x * weights).sum(1, keepdim=True).round().byte() for x in images.split(1024)])
+            )
+        if size is not None and images.shape[2:] != (size, size):
+            from torchvision.transforms.v2.functional import center_crop, resize
+
+            images = torch.cat(
+                [center_crop(resize(x, [size], antialias=True), [size, size]) for x in images.split(1024)]
+            )
+        if images is self.images:
+            return self
+        return MemoryImages(images, self.labels, classes=self.classes, names=self.names)
+
+
+class ImageFiles(ImageSet):
+    """Images that are decoded when they are asked for.
+
+    One that cannot be read is left out: in a batch the next readable image stands in for it, without a label.
+    They are counted over all worker processes; more than ``max_unreadable`` are an error that names them.
+
+    Args:
+        sources: file of each image, or a function that gives its file, bytes or Pillow image.
+        labels: shape ``(N,)``, -1 where there is none; None if no image has one.
+        image_size: side of the square that each is scaled and cut to; None leaves them, and then all of a
+            batch must be equal.
+        channels: 1 or 3.
+        classes: names of the classes.
+        names: name of each image; by default its file.
+        max_unreadable: number of images that may be left out.
+
+    Raises:
+        ValueError: there is no image, or the arguments do not fit.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str] | Callable[[int], Encoded],
+        labels: Tensor | None = None,
+        *,
+        image_size: int | None,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+        max_unreadable: int = 100,
+    ) -> None:
+        if image_size is not None:
+            check_integer("image_size", image_size, low=1)
+        check_channels(channels)
+        check_integer("max_unreadable", max_unreadable, low=0)
+        if not callable(sources):
+            names = sources if names is None else names
+            labels = torch.full((len(sources),), UNLABELED) if labels is None else labels
+        if labels is None or not len(labels):
+            raise ValueError("there is no image")
+        self.sources = sources
+        self.labels = labels.long()
+        self.image_size = image_size
+        self.channels = channels
+        self.classes = classes
+        self.names = names
+        self.max_unreadable = max_unreadable
+        # Shared, so that workers and the process that reports see the same count.
+        self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._reported = 0
+
+    def _open(self, index: int, at_least: int | None = None) -> Image.Image | None:
+        try:
+            source = self.sources(index) if callable(self.sources) else self.sources[index]
+            return decode(source, channels=self.channels, at_least=at_least)
+        except Exception as error:
+            if not is_broken(error):
+                raise
+            self.unreadable[index] = True
+            if int(self.unreadable.sum()) > self.max_unreadable:
+                raise UnreadableImagesError(
+                    f"{self._list_unreadable()}, more than max_unreadable={self.max_unreadable}; remove or mend "
+                    "them, or raise max_unreadable"
+                ) from None
+            return None
+
+    def _list_unreadable(self) -> str:
+        bad = self.unreadable.nonzero().flatten().tolist()
+        named = [self.names[i] if self.names is not None else f"number {i}" for i in bad[:MOST_NAMED]]
+        more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+        return f"{len(bad)} of {len(self):,} images cannot be read: {', '.join(named)}{more}"
+
+    def news_of_unreadable(self) -> str | None:
+        """A line on the images that were left out, if there are more than at the last call."""
+        count = int(self.unreadable.sum())
+        if count == self._reported:
+            return None
+        self._reported = count
+        return f"{self._list_unreadable()}; left out"
+
+    def _readable(self, index: int, at_least: int | None = None) -> tuple[Image.Image, int]:
+        for i in range(index, index + len(self)):
+            image = None if self.unreadable[i % len(self)] else self._open(i % len(self), at_least)
+            if image is not None:
+                return image, int(self.labels[i]) if i == index else UNLABELED
+        raise UnreadableImagesError(f"none of the {len(self):,} images can be read, {self._list_unreadable()}")
+
+    def pixels(self, index: int) -> tuple[Tensor, int]:
+        """One image at its own size, and its label."""
+        image, label = self._readable(index)
+        return pil_to_tensor(image), label
+
+    @property
+    def _enough(self) -> int | None:
+        return None if self.image_size is None else 2 * self.image_size
+
+    def _square(self, image: Image.Image) -> Tensor:
+        return pil_to_tensor(image if self.image_size is None else fit_square(image, self.image_size))
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """One batch, decoded."""
+        images, labels = zip(*(self._readable(i, self._enough) for i in indices), strict=True)
+        return _stack([self._square(image) for image in images]), torch.tensor(labels)
+
+    def subset(self, indices: Sequence[int]) -> "ImageFiles":
+        """Some of the images."""
+        sources = self.sources
+        return ImageFiles(
+            _Chosen(sources, indices) if callable(sources) else [sources[i] for i in indices],
+            self.labels[torch.as_tensor(indices)],
+            image_size=self.image_size,
+            channels=self.channels,
+            classes=self.classes,
+            names=self._subset_names(indices),
+            max_unreadable=self.max_unreadable,
+        )
+
+    def decode_all(self) -> MemoryImages:
+        """All readable images in memory."""
+
+        def square(index: int) -> Tensor | None:
+            image = self._open(index, self._enough)
+            return None if image is None else self._square(image)
+
+        # Pillow decodes without Python's lock.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(square, range(len(self))))
+        kept = [i for i, image in enumerate(found) if image is not None]
+        if not kept:
+            raise UnreadableImagesError(self._list_unreadable())
+        names = self._subset_names(kept)
+        return MemoryImages(
+            _stack([x for x in found if x is not None]), self.labels[kept], classes=self.classes, names=names
+        )
+
+
+class _Chosen:
+    """Some of the images of a function; unlike a lambda, it can be sent to another process."""
+
+    def __init__(self, sources: Callable[[int], Encoded], indices: Sequence[int]) -> None:
+        self.sources = sources
+        self.indices = indices
+
+    def __call__(self, index: int) -> Encoded:
+        return self.sources(self.indices[index])
+
+
+def check_channels(channels: int) -> None:
+    """Raise ValueError unless images of so many channels are known."""
+    if channels not in MODES:
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
+        raise ValueError(f"the images differ in size ({shown} ...); set data.image_size=224, or another size")
+    return torch.stack(list(images))

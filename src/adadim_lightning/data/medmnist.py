@@ -1,0 +1,80 @@
+"""MedMNIST: eighteen medical data sets of small images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adadim_lightning.data.images import MemoryImages, check_channels
+from adadim_lightning.data.module import ImageData
+from adadim_lightning.data.splits import one_at_a_time
+from adadim_lightning.extras import require
+
+
+def medmnist(
+    name: str,
+    *,
+    root: str | Path = "data/medmnist",
+    size: int = 28,
+    download: bool = True,
+    image_size: int | None = None,
+    channels: int = 3,
+    **options: Any,
+) -> ImageData:
+    """A two-dimensional data set of MedMNIST, its training images and its test images.
+
+    Where an image may have several labels (ChestMNIST) it counts as one without.
+
+    Args:
+        name: such as ``"pneumonia"`` or ``"pneumoniamnist"``.
+        root: folder of the files.
+        size: of the published images: 28, 64, 128 or 224.
+        download: fetch what is missing.
+        image_size: side of the images; None is their own.
+        channels: 1 or 3.
+        options: of :class:`ImageData`: ``views``, ``batch_size``, ``num_workers``.
+
+    Returns:
+        The data module.
+
+    Raises:
+        ValueError: there is no such data set, it holds volumes, or it could not be downloaded.
+        ModuleNotFoundError: the package ``medmnist`` is missing; the message has its install line.
+
+    Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
+    """
+    check_channels(channels)
+    package = require("medmnist", "medmnist")
+    flag = name if name.endswith(("mnist", "mnist3d")) else f"{name}mnist"
+    if flag not in package.INFO:
+        flat = ", ".join(key.removesuffix("mnist") for key in package.INFO if not key.endswith("3d"))
+        raise ValueError(f"MedMNIST has no data set {name!r}; it has {flat}")
+    if flag.endswith("3d"):
+        raise ValueError(f"{flag} holds volumes; this package trains on images")
+    info = package.INFO[flag]
+    kind = getattr(package, info["python_class"])
+    root = Path(root)
+
+    def load(split: str) -> MemoryImages:
+        with one_at_a_time(root):
+            try:
+                found = kind(split=split, root=str(root), size=size, download=False)
+            except (RuntimeError, OSError) as missing:
+                if not download:
+                    raise ValueError(f"{flag} is not in {root}: set data.download=true, or data.root") from missing
+                try:
+                    found = kind(split=split, root=str(root), size=size, download=True)
+                except (RuntimeError, OSError) as failed:
+                    raise ValueError(
+                        f"{flag} could not be downloaded to {root} ({failed}); put it there by hand, or set "
+                        "data.root to the folder that holds it"
+                    ) from failed
+        images = torch.as_tensor(np.ascontiguousarray(found.imgs))
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        several = info["task"].startswith("multi-label")
+        labels = None if several else torch.as_tensor(found.labels.astype(np.int64)).flatten()
+        classes = None if several else [info["label"][str(i)] for i in range(len(info["label"]))]
+        return MemoryImages(images, labels, classes=classes).resized(image_size, channels)
+
+    return ImageData(load("train"), load("test"), title=info["python_class"], **options)
