@@ -1,7 +1,8 @@
 """Backbones that were trained before: by this package, or by anybody."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from adadim_lightning.data.views import TwoViews
+from adadim_lightning.models.backbones import representation_dim
 from adadim_lightning.trust import check_targets
 
 KEY = "adadim"
-STATES = ("state_dict", "model_state_dict", "model", "teacher", "student", "backbone", "encoder", "net")
+NEEDED = ("backbone", "head", "views", "data")
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of weights
+FETCHED = ("weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+MAGIC = (b"PK\x03\x04", b"\x80")  # of zip archives and of pickles
+# Networks that follow the trained one: averages of it, or what it is compared with.
+FOLLOWER = re.compile(r"(^|[._])(momentum|teacher|target|ema|averaged?|shadow|key|k)([._]|$)")
 
 
 class CheckpointError(ValueError):
@@ -50,20 +57,24 @@ def find_checkpoint(path: str | Path) -> Path:
         path: a checkpoint, or the folder of a run, whose last one is meant.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the folder holds several runs.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        for candidate in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
-            if candidate.exists():
-                return candidate
-        found = sorted(path.rglob("*.ckpt"), key=lambda x: x.stat().st_mtime)
-        if not found:
-            raise CheckpointError(f"{path} holds no checkpoint; name a run's folder or a .ckpt file")
-        return found[-1]
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
-    return path
+    if not path.is_dir():
+        return path
+    for candidate in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+        if candidate.exists():
+            return candidate
+    # A link may lead nowhere.
+    found = sorted((x for x in path.rglob("*.ckpt") if x.exists()), key=lambda x: (x.stat().st_mtime, x))
+    if not found:
+        raise CheckpointError(f"{path} holds no checkpoint; name a run's folder or a .ckpt file")
+    folders = sorted({str(x.parent) for x in found})
+    if len(folders) > 1:
+        raise CheckpointError(f"{path} holds {len(folders)} runs; name one of them, such as {folders[0]}")
+    return found[-1]
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -81,11 +92,17 @@ def read_state(path: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        with path.open("rb") as file:
+            if not file.read(4).startswith(MAGIC):
+                raise ValueError("it was not written by PyTorch")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:1])
-        unsafe = "weights only load failed" in str(error).lower()
-        cause = "it holds more than weights, which may run code, and is refused" if unsafe else reason
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "weights only load failed" in str(error).lower():
+            cause = (
+                "it holds more than weights, which may run code, and is refused; where it was made, save the "
+                "state_dict() alone"
+            )
         raise CheckpointError(f"{path} cannot be read: {cause}") from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds no weights but {type(found).__name__}")
@@ -111,31 +128,27 @@ def load_pretrained(path: str | Path, *, trust: Sequence[str] = ()) -> Pretraine
     origin = checkpoint.get(KEY)
     if not isinstance(origin, Mapping):
         raise CheckpointError(
-            f"{path} was not written by adadim-train; for weights of other models give backbone=... and weights={path}"
+            f"{path} was not written by adadim-train; for weights of other models give backbone=... and "
+            f"weights={path}"
         )
-    config = {key: origin["config"][key] for key in ("backbone", "head", "views")}
+    try:
+        config = dict(origin["config"])
+        parts = {key: config[key] for key in NEEDED}
+        state = {key.replace(COMPILED, ""): value for key, value in checkpoint["state_dict"].items()}
+        channels, height, width = (int(x) for x in origin["image_shape"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} lacks a part of what adadim-train writes: {error}") from error
     _check_plain(config, path)
-    check_targets(config, trust)
-    from hydra.utils import instantiate  # a second way to make objects of configurations would be one too many
-
-    # What was pretrained before comes with the checkpoint: nothing is downloaded.
-    backbone_config = {
-        key: {"weights": None, "pretrained": False}.get(key, value) for key, value in config["backbone"].items()
-    }
-    backbone = instantiate(backbone_config, _convert_="all")
-    state = checkpoint["state_dict"]
+    parts = {key: _without_weights(part, path) for key, part in parts.items()}
+    config["data"] = parts.pop("data")  # its classes need trust only where the images are loaded
+    check_targets(parts, trust)
+    backbone = _make("backbone", parts["backbone"], path)
     _load(backbone, _below(state, "backbone."), path)
-    widths = [x.shape[1] for x in _below(state, "projection_head.").values() if x.ndim == 2]
-    from adadim_lightning.models import representation_dim
-
-    shape = tuple(origin["image_shape"])
-    head = instantiate(config["head"], _convert_="all")(
-        widths[0] if widths else representation_dim(backbone, torch.zeros(shape))
-    )
+    head = _make("head", parts["head"], path)(representation_dim(backbone, torch.zeros(channels, height, width)))
     _load(head, _below(state, "projection_head."), path)
-    views = instantiate(config["views"], _convert_="all")
-    name = path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
-    return Pretrained(name, path, backbone, head, views, shape, dict(origin["config"]))  # type: ignore[arg-type]
+    name = path.absolute().parent.parent.name if path.absolute().parent.name == "checkpoints" else path.stem
+    views = _make("views", parts["views"], path)
+    return Pretrained(name, path, backbone, head, views, (channels, height, width), config)
 
 
 def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
@@ -179,29 +192,35 @@ class Transform:
 
     def __init__(self, pretrained: Pretrained) -> None:
         self.views = pretrained.views
-        self.channels, self.size, _ = pretrained.image_shape
-        canvas = pretrained.config["data"].get("image_size")
-        self.canvas = max(int(canvas or 0), self.size)
+        self.channels, *size = pretrained.image_shape
+        # Where data.image_size cut a square that the views cut again, so it is here.
+        canvas = int(pretrained.config["data"].get("image_size") or 0)
+        self.height, self.width = (max(canvas, side) for side in size)
 
     def __call__(self, image: Any) -> Tensor:
         """Shape ``(C, H, W)`` of a Pillow image or a file."""
+        from PIL import Image, ImageOps
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        from adadim_lightning.data.images import decode, fit_square
+        from adadim_lightning.data.images import decode
 
-        square = fit_square(decode(image, channels=self.channels, at_least=2 * self.canvas), self.canvas)
-        return self.views.clean(pil_to_tensor(square)[None])[0]
+        size = (self.width, self.height)
+        decoded = decode(image, channels=self.channels, at_least=2 * max(size))
+        if decoded.size != size:
+            decoded = ImageOps.fit(decoded, size, Image.Resampling.BILINEAR)
+        return self.views.clean(pil_to_tensor(decoded)[None])[0]
 
 
 def load_weights(backbone: nn.Module, path: str | Path) -> str:
     """Fill a backbone with weights from a file of any training program.
 
-    The weights are looked for under the usual entries of a checkpoint and behind the usual prefixes
-    (``module.``, ``backbone.``, ``model.encoder.`` ...): those that fit the most parameters are taken. What the file
-    has beside them, such as a projection head, is left out.
+    The weights are looked for in every entry of a checkpoint and behind every prefix (``state_dict.module.``,
+    ``model.encoder.`` ...): those are taken of which the most fit by name and shape. Among equals it is the
+    network that was trained, not one that follows it (``momentum``, ``teacher``, ``target``, ``ema``, ``key``),
+    and then the shortest prefix. What the file has beside them, such as a projection head, is left out.
 
     Args:
-        backbone: to be filled, in place.
+        backbone: to be filled, in place; left as it is if that fails.
         path: a checkpoint or state dict of PyTorch, or a safetensors file.
 
     Returns:
@@ -210,21 +229,41 @@ def load_weights(backbone: nn.Module, path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read, or lacks some of the weights, or they have other shapes.
     """
-    state: Mapping[str, Any] = read_state(path)
-    for key in STATES:
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    wanted = backbone.state_dict()
-    prefixes = {""}
-    for key in tensors:
-        parts = re.split(r"(?<=\.)", key)
-        prefixes |= {"".join(parts[:i]) for i in range(1, len(parts))}
-    fit = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in prefixes}
-    best = max(sorted(fit, key=len), key=lambda prefix: fit[prefix])
+    tensors = {key.replace(COMPILED, ""): value for key, value in _flat(read_state(path))}
+    wanted = {key.replace(COMPILED, ""): value.shape for key, value in backbone.state_dict().items()}
+    named: Counter[str] = Counter({"": 0})
+    fitting: Counter[str] = Counter()
+    for key, value in tensors.items():
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            if key[start:] in wanted:
+                named[key[:start]] += 1
+                fitting[key[:start]] += value.shape == wanted[key[start:]]
+
+    def rank(prefix: str) -> tuple[Any, ...]:
+        return -fitting[prefix], -named[prefix], FOLLOWER.search(prefix) is not None, len(prefix), prefix
+
+    best = min(named, key=rank)
     _load(backbone, {name: tensors[best + name] for name in wanted if best + name in tensors}, Path(path))
     return best
+
+
+def _flat(state: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts, by dotted names."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield str(key), value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", tensor) for name, tensor in _flat(value))
+
+
+def _make(part: str, config: Any, path: Path) -> Any:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate  # a second way to make objects of configurations would be one too many
+
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        raise CheckpointError(f"the {part} of {path} cannot be made: {error.__cause__ or error}") from error
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -232,20 +271,34 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    wanted = module.state_dict()
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    own = {key.replace(COMPILED, ""): key for key in module.state_dict()}
+    wanted = {name: module.state_dict()[key].shape for name, key in own.items()}
+    missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     if missing:
+        what = f"{len(missing)} of {len(wanted)} weights of {type(module).__name__}"
+        raise CheckpointError(f"{path} lacks {what}, such as {missing[0]}")
+    for name, value in state.items():
+        if name in wanted and value.shape != wanted[name]:
+            raise CheckpointError(
+                f"{path} has {name} of shape {tuple(value.shape)}, but {type(module).__name__} needs "
+                f"{tuple(wanted[name])}"
+            )
+    module.load_state_dict({own[name]: value for name, value in state.items() if name in own}, strict=False)
+
+
+def _without_weights(config: Any, path: Path) -> Any:
+    """The configuration without what reads weights: the checkpoint has them, and other files may run code."""
+    if isinstance(config, list | tuple):
+        return [_without_weights(value, path) for value in config]
+    if not isinstance(config, Mapping):
+        return config
+    if "_args_" in config and str(config.get("_target_")).startswith("timm."):
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(wanted)} weights of {type(module).__name__}, such as {missing[0]}"
+            f"{path} gives arguments of {config['_target_']} without their names, and is refused"
         )
-    other = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if other:
-        key = other[0]
-        raise CheckpointError(
-            f"{path} has {key} of shape {tuple(state[key].shape)}, but {type(module).__name__} needs "
-            f"{tuple(wanted[key].shape)}"
-        )
-    module.load_state_dict(state, strict=False)
+    kept = {key: _without_weights(value, path) for key, value in config.items()}
+    kept |= {key: None for key in FETCHED if isinstance(kept.get(key), str | Mapping)}
+    return kept | ({"pretrained": False} if kept.get("pretrained") else {})
 
 
 def _check_plain(config: Any, path: Path) -> None:

@@ -20,7 +20,9 @@ ALLOWED = (
 # Parts of the above that import what they are told to, unpickle files, upload or start programs.
 REFUSED = (
     "adadim_lightning.cli",
+    "adadim_lightning.export",
     "adadim_lightning.extras",
+    "adadim_lightning.pretrained",
     "lightning.pytorch.cli",
     "lightning.pytorch.core.saving",
     "lightning.pytorch.demos",

@@ -103,6 +103,17 @@ class Grayscale(kornia.RandomGrayscale):
         return input if input.shape[-3] == 1 else super().apply_transform(input, params, flags, transform)
 
 
+class Solarize(kornia.RandomSolarize):
+    """kornia's random parameters, for whole batches: its own arithmetic goes image by image."""
+
+    def apply_transform(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        """Invert what is brighter than the threshold of its image."""
+        threshold = params["thresholds"].to(input).view(-1, 1, 1, 1)
+        return torch.where(input < threshold, input, 1 - input)
+
+
 def _sometimes(transform: nn.Module, p: float) -> nn.Module:
     return v2.RandomApply([transform], p=p)
 
@@ -192,7 +203,7 @@ def blur(size: Size, *, sigma: Range = (0.1, 2.0), p: float = 0.5) -> tuple[nn.M
 def solarize(size: Size, *, threshold: float = 0.5, p: float = 0.1) -> tuple[nn.Module, nn.Module]:
     """Invert what is brighter than the threshold."""
     return (
-        kornia.RandomSolarize((threshold, threshold), (0.0, 0.0), p=p),
+        Solarize((threshold, threshold), (0.0, 0.0), p=p),
         v2.RandomSolarize(threshold, p=p),
     )
 

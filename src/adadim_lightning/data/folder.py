@@ -11,18 +11,12 @@ from adadim_lightning.data.images import ImageFiles, check_channels
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.splits import class_indices, hold_out, image_data
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+ENDINGS = {
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+}
 TRAIN = ("train", "training", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train.X*")
-TEST = (
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "testing",
-    "ILSVRC/Data/CLS-LOC/val",
-    "Data/CLS-LOC/val",
-    "val.X*",
-)
+TEST = ("val", "valid", "validation", "test", "testing", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val.X*")
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def image_folder(
@@ -43,10 +37,11 @@ def image_folder(
     """Images below a folder, with or without classes.
 
     Training and held-out images are looked for in ``train`` and ``val`` (``valid``, ``validation``, ``test``), in
-    ``ILSVRC/Data/CLS-LOC/...`` and in ``train.X1`` and the like; else the images below ``root`` are all there is. Class
-    folders tell the classes. The classes of a held-out folder without class folders come from
-    ``val_annotations.txt`` (Tiny-ImageNet), ``LOC_val_solution.csv`` or the development kit (ImageNet). Hidden
-    files, and those whose names do not end as images do, do not count.
+    ``ILSVRC/Data/CLS-LOC/...`` and in ``train.X1`` and the like; else the images below ``root`` are all there is.
+    Class folders tell the classes. The classes of held-out images that do not lie in class folders come from
+    ``val_annotations.txt`` (Tiny-ImageNet), ``LOC_val_solution.csv`` or the unpacked development kit (ImageNet);
+    where nothing tells them, a part of the training images is held out. Hidden files, and those whose names do
+    not end as images do, do not count.
 
     Args:
         root: the folder.
@@ -54,7 +49,7 @@ def image_folder(
         test_folder: of the held-out images.
         labeled: whether the folders with the images are classes; None means so if there are two or more, and no
             image beside them.
-        classes: keep only these: their names, or a file with a name a line.
+        classes: keep only these: their names, or a file with a name a line, whatever follows it there.
         held_out: the share of images with classes that is held out where there is no folder of such.
         image_size: side of the square that the images are scaled and cut to; None leaves them.
         channels: 1 or 3.
@@ -73,29 +68,11 @@ def image_folder(
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}; set data.root to the folder of your images")
-    train_roots = _choose(root, train_folder, TRAIN) or [root]
-    test_roots = [] if train_roots == [root] and test_folder is None else _choose(root, test_folder, TEST)
     wanted = _names_of(classes)
-
-    def files_of(
-        roots: list[Path], known: Sequence[str] | None
-    ) -> tuple[list[str], list[str] | None, list[str] | None]:
-        files, names = _list(roots, labeled)
-        if not files:
-            raise ValueError(
-                f"no image is in {', '.join(map(str, roots))}; names of images end in {' '.join(sorted(ENDINGS))}"
-            )
-        if names is None and known is not None:
-            names = _annotated(root, roots[0], files)
-        if names is not None and wanted is not None:
-            pairs = [(file, name) for file, name in zip(files, names, strict=True) if name in wanted]
-            missing = sorted(set(wanted) - {name for _, name in pairs})
-            if missing:
-                raise ValueError(f"{roots[0]} has no image of class {missing[0]!r}, and {len(missing) - 1} others")
-            files, names = [file for file, _ in pairs], [name for _, name in pairs]
-        if wanted is not None and names is None:
-            raise ValueError(f"classes are given, but {roots[0]} has no class folders")
-        return files, names, sorted(set(names)) if names is not None else None
+    train_roots = next(iter(_choose(root, train_folder, TRAIN)), [root])
+    test_choices = [] if train_roots == [root] and test_folder is None else _choose(root, test_folder, TEST)
+    if train_folder is None and train_roots != [root] and not test_choices:
+        _check_no_class(root, train_roots[0])
 
     def images(files: list[str], names: list[str] | None, known: Sequence[str] | None) -> ImageFiles:
         return ImageFiles(
@@ -107,77 +84,142 @@ def image_folder(
             max_unreadable=max_unreadable,
         )
 
-    files, names, known = files_of(train_roots, None)
+    files, folders = _list(train_roots)
+    names = _classes(files, folders, labeled)
+    everything = set(names or ())
+    if wanted is not None:
+        if names is None:
+            raise ValueError(f"data.classes is given, but {train_roots[0]} has no class folders")
+        chosen = _among(wanted, everything, train_roots[0])
+        files, names = _only(chosen, files, names)
+    known = None if names is None else sorted(set(names))
     train = images(files, names, known)
     test = None
-    if test_roots and known is not None:
-        files, names, found = files_of(test_roots, known)
-        strange = sorted(set(found or ()) - set(known))
-        if strange:
-            raise ValueError(f"{test_roots[0]} has the class {strange[0]!r}, which {train_roots[0]} has not")
-        test = images(files, names, known) if names is not None else None
-    elif known is not None and held_out > 0:
-        train, test = hold_out(train, held_out)
-    return image_data(train, test, in_memory=in_memory, title=title or root.name, **options)
+    if known is not None:
+        for roots in test_choices:
+            files, folders = _list(roots)
+            # Where each lies in a folder of a class there is no need to look further.
+            names = folders if set(folders) <= everything else _annotated(roots[0], files)
+            names = _classes(files, folders, None) if names is None else names
+            if names is None:
+                continue
+            strange = sorted(set(names) - everything)
+            if strange:
+                raise ValueError(
+                    f"{roots[0]} has images of the class {strange[0]!r}, of which {train_roots[0]} has none"
+                )
+            test = images(*_only(set(known), files, names), known)
+            break
+        if test is None and test_folder is not None:
+            raise ValueError(
+                f"nothing tells the classes of the images in {root / test_folder}; without data.test_folder a "
+                "part of the training images is held out"
+            )
+        if test is None:
+            train, test = hold_out(train, held_out)
+    return image_data(train, test, in_memory=in_memory, title=title or root.resolve().name, **options)
 
 
-def _names_of(classes: str | Path | Sequence[str] | None) -> set[str] | None:
-    if classes is None:
-        return None
-    if isinstance(classes, str | Path):
-        try:
-            lines = Path(classes).read_text().splitlines()
-        except OSError as error:
-            raise ValueError(f"the list of classes cannot be read: {error}") from None
-        # A name first, whatever follows it.
-        return {re.split(r"[\s,]", line.strip(), maxsplit=1)[0] for line in lines if line.strip()}
-    return set(classes)
+def _names_of(classes: str | Path | Sequence[str] | None) -> list[str] | None:
+    if classes is None or not isinstance(classes, str | Path):
+        return None if classes is None else [str(name) for name in classes]
+    try:
+        lines = Path(classes).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.classes: the list of classes cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
-def _choose(root: Path, name: str | None, usual: Sequence[str]) -> list[Path]:
-    """The first of the usual folders that exist, or the one that was named."""
-    for pattern in (name,) if name is not None else usual:
-        found = sorted(path for path in root.glob(pattern) if path.is_dir())
-        if found:
-            return found
+def _among(wanted: Sequence[str], there: set[str], folder: Path) -> set[str]:
+    """The wanted classes, which may be followed by something else in their lines."""
+    names = [line if line in there else re.split(r"[\s,:]", line, maxsplit=1)[0].strip("\"'") for line in wanted]
+    missing = [name for name in names if name not in there]
+    if missing:
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ValueError(f"data.classes: {folder} has no image of {len(missing)} of the classes: {shown}")
+    return set(names)
+
+
+def _only(wanted: set[str], files: list[str], names: list[str]) -> tuple[list[str], list[str]]:
+    kept = [i for i, name in enumerate(names) if name in wanted]
+    return [files[i] for i in kept], [names[i] for i in kept]
+
+
+def _choose(root: Path, name: str | None, usual: Sequence[str]) -> list[list[Path]]:
+    """The folders that are there, of the usual ones or of the one that was named; several may be parts of one."""
     if name is not None:
-        raise ValueError(f"there is no folder {root / name}")
-    return []
+        if not (root / name).is_dir():
+            raise ValueError(f"there is no folder {root / name}")
+        return [[root / name]]
+    beside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    found = ([beside[x]] if x in beside else sorted(path for path in root.glob(x) if path.is_dir()) for x in usual)
+    return [paths for paths in found if paths]
+
+
+def _check_no_class(root: Path, train: Path) -> None:
+    """Raise ValueError if ``train`` may as well be a class: it holds images, and so does a folder beside it."""
+
+    def holds_images(folder: Path) -> bool:
+        return any(_is_image(name) for name in os.listdir(folder))
+
+    beside = (x for x in root.iterdir() if x.is_dir() and x != train and not x.name.startswith("."))
+    other = next((x for x in beside if holds_images(x)), None)
+    if other is not None and holds_images(train):
+        raise ValueError(
+            f"{train} may hold the training images, or a class beside {other.name}: set data.train_folder="
+            f"{train.name}, or data.train_folder=. for classes"
+        )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")
 
 
 def _walk(folder: Path) -> list[str]:
-    """All images below a folder, in a fixed order."""
-    found = []
+    """All images below a folder, in a fixed order; of a folder to which several links lead, once."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up would never end
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [
-            os.path.join(parent, name)
-            for name in sorted(files)
-            if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")
-        ]
+        found += [os.path.join(parent, name) for name in sorted(files) if _is_image(name)]
     return found
 
 
-def _list(roots: list[Path], labeled: bool | None) -> tuple[list[str], list[str] | None]:
-    """Images below some folders, and the class of each; None where there are no classes."""
+def _list(roots: list[Path]) -> tuple[list[str], list[str]]:
+    """Images below some folders, and for each the folder in these that it lies in; empty for one beside them."""
     files = [(root, file) for root in roots for file in _walk(root)]
+    if not files:
+        raise ValueError(
+            f"no image is in {', '.join(map(str, roots))}; names of images end in {' '.join(sorted(ENDINGS))}"
+        )
     parts = [os.path.relpath(file, root).split(os.sep) for root, file in files]
-    by_folder = all(len(x) > 1 for x in parts)
+    return [file for _, file in files], [x[0] if len(x) > 1 else "" for x in parts]
+
+
+def _classes(files: list[str], folders: list[str], labeled: bool | None) -> list[str] | None:
+    """The class of each image; None where there are no classes."""
     if labeled is None:
-        labeled = by_folder and len({x[0] for x in parts}) > 1
-    if labeled and not by_folder:
-        loose = next(file for (_, file), x in zip(files, parts, strict=True) if len(x) == 1)
-        raise ValueError(f"with labeled=true each image lies in the folder of its class, but {loose} does not")
-    return [file for _, file in files], [x[0] for x in parts] if labeled else None
+        labeled = "" not in folders and len(set(folders)) > 1
+    if labeled and "" in folders:
+        raise ValueError(
+            f"with data.labeled=true each image lies in the folder of its class, but {files[folders.index('')]} "
+            "does not"
+        )
+    return folders if labeled else None
 
 
-def _annotated(root: Path, folder: Path, files: list[str]) -> list[str] | None:
-    """Classes of held-out images that lie all in one folder, from the file that lists them."""
-    stems = [Path(file).stem for file in files]
-    table: dict[str, str] = {}
+def _annotated(folder: Path, files: list[str]) -> list[str] | None:
+    """Classes of held-out images that lie all in one folder, from a file that lists them."""
+    around = (folder, *folder.absolute().parents[:4])  # of ImageNet as it is on Kaggle, four levels up
+    kits = [above / kit for above in around[:2] for kit in (".", "data", "ILSVRC2012_devkit_t12/data")]
     annotations = folder / "val_annotations.txt"
-    solution = next((x / "LOC_val_solution.csv" for x in (root, folder) if (x / "LOC_val_solution.csv").exists()), None)
-    truth = next(root.glob("**/ILSVRC2012_validation_ground_truth.txt"), None) if not annotations.exists() else None
+    solution = next((x for x in (above / "LOC_val_solution.csv" for above in around) if x.exists()), None)
+    truth = next((x for x in (kit / GROUND_TRUTH for kit in kits) if x.exists()), None)
     if annotations.exists():
         rows = (line.split() for line in annotations.read_text().splitlines())
         table = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
@@ -186,10 +228,14 @@ def _annotated(root: Path, folder: Path, files: list[str]) -> list[str] | None:
             table = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     elif truth is not None:
         table = _devkit(truth)
-    missing = next((stem for stem in stems if stem not in table), None)
-    if table and missing is not None:
-        raise ValueError(f"{missing} in {folder} is in no list of classes")
-    return [table[stem] for stem in stems] if table else None
+    else:
+        return None
+    stems = [Path(file).stem for file in files]
+    missing = next((file for file, stem in zip(files, stems, strict=True) if stem not in table), None)
+    if missing is not None:
+        listed = annotations if annotations.exists() else solution or truth
+        raise ValueError(f"{missing} is not in the list of classes, {listed}")
+    return [table[stem] for stem in stems]
 
 
 def _devkit(truth: Path) -> dict[str, str]:

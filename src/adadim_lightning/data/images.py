@@ -5,16 +5,17 @@ import os
 import warnings
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from adadim_lightning.functional._numeric import check_integer
 
@@ -34,10 +35,27 @@ def is_broken(error: Exception) -> bool:
     return isinstance(error, _BROKEN) or type(error).__module__ == "struct"
 
 
-class UnreadableImagesError(ValueError):
+class DataError(ValueError):
+    """Something is wrong with the data; one line says what, also on its way out of a loader's worker."""
+
+    def __init__(self, message: str) -> None:
+        # A loader raises anew what a worker raised, with the worker's whole traceback for a message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class UnreadableImagesError(DataError):
     """More images cannot be read than ``max_unreadable`` allows."""
 
 
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep Pillow from warning of palettes, damaged EXIF and large images, one by one; not for use in threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@no_warnings()
 def decode(source: Encoded, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """Decode an image: the first frame, upright, in grey or RGB.
 
@@ -48,29 +66,33 @@ def decode(source: Encoded, *, channels: int = 3, at_least: int | None = None) -
             this long.
 
     Returns:
-        Image of mode ``L`` or ``RGB``; 16-bit grey is scaled to 8 bits, transparency shown on white.
+        Image of mode ``L`` or ``RGB``; 16-bit grey is scaled to 8 bits, transparency shown on white. Floats
+        count from 0 to 1, or to 255 or 65535 where one exceeds that.
 
     Raises:
         OSError, ValueError, SyntaxError: it is no image, or damaged.
     """
+    return _decode(source, channels, at_least)
+
+
+def _decode(source: Encoded, channels: int, at_least: int | None) -> Image.Image:
     if isinstance(source, bytes):
         source = io.BytesIO(source)  # type: ignore[assignment]
-    image = source if isinstance(source, Image.Image) else Image.open(source)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
-        # Palettes with transparency, damaged EXIF: said once for each file, and of no use to the user.
-        warnings.simplefilter("ignore")
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
-        if "exif" in image.info or image.format in ("TIFF", "PNG"):
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it
-            top = 65535 if image.mode.startswith("I") else 1
-            image = image.convert("F").point(lambda x: x * (255 / top)).convert("L")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert(MODES[channels])
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
+    if "exif" in image.info or image.format in ("TIFF", "PNG"):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip them
+        top = 65535
+        if image.mode == "F":
+            top = next((x for x in (1, 255) if image.getextrema()[1] <= x), top)  # type: ignore[operator]
+        image = image.convert("F").point(lambda x: x * (255 / top)).convert("L")
+        image.info.pop("transparency", None)  # counted in 16 bits
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
@@ -101,10 +123,9 @@ class ImageSet(Dataset[Any]):
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None where no image has a label."""
-        if self.classes is not None:
-            return len(self.classes)
-        known = int(self.labels.max()) + 1 if len(self.labels) else 0
-        return known or None
+        if not self.is_labeled:
+            return None
+        return int(self.labels.max()) + 1 if self.classes is None else len(self.classes)
 
     @property
     def is_labeled(self) -> bool:
@@ -201,13 +222,13 @@ class MemoryImages(ImageSet):
             images = (
                 images.expand(-1, 3, -1, -1).contiguous()
                 if channels == 3
-                else torch.cat([(x * weights).sum(1, keepdim=True).round().byte() for x in images.split(1024)])
+                else torch.cat(
+                    [(x * weights).sum(1, keepdim=True).round().byte() for x in torch.split(images, 1024)]
+                )
             )
         if size is not None and images.shape[2:] != (size, size):
-            from torchvision.transforms.v2.functional import center_crop, resize
-
             images = torch.cat(
-                [center_crop(resize(x, [size], antialias=True), [size, size]) for x in images.split(1024)]
+                [center_crop(resize(x, [size], antialias=True), [size, size]) for x in torch.split(images, 1024)]
             )
         if images is self.images:
             return self
@@ -262,21 +283,25 @@ class ImageFiles(ImageSet):
         self.names = names
         self.max_unreadable = max_unreadable
         # Shared, so that workers and the process that reports see the same count.
-        self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(len(labels), dtype=torch.bool)
+        self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
         self._reported = 0
 
     def _open(self, index: int, at_least: int | None = None) -> Image.Image | None:
         try:
             source = self.sources(index) if callable(self.sources) else self.sources[index]
-            return decode(source, channels=self.channels, at_least=at_least)
+            return _decode(source, self.channels, at_least)
         except Exception as error:
             if not is_broken(error):
                 raise
             self.unreadable[index] = True
             if int(self.unreadable.sum()) > self.max_unreadable:
+                reason = (
+                    "it is no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+                )
                 raise UnreadableImagesError(
-                    f"{self._list_unreadable()}, more than max_unreadable={self.max_unreadable}; remove or mend "
-                    "them, or raise max_unreadable"
+                    f"{self._list_unreadable()} (the last: {reason}); that is more than max_unreadable="
+                    f"{self.max_unreadable}: remove or mend them, or raise data.max_unreadable"
                 ) from None
             return None
 
@@ -301,6 +326,7 @@ class ImageFiles(ImageSet):
                 return image, int(self.labels[i]) if i == index else UNLABELED
         raise UnreadableImagesError(f"none of the {len(self):,} images can be read, {self._list_unreadable()}")
 
+    @no_warnings()
     def pixels(self, index: int) -> tuple[Tensor, int]:
         """One image at its own size, and its label."""
         image, label = self._readable(index)
@@ -313,10 +339,14 @@ class ImageFiles(ImageSet):
     def _square(self, image: Image.Image) -> Tensor:
         return pil_to_tensor(image if self.image_size is None else fit_square(image, self.image_size))
 
+    @no_warnings()
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """One batch, decoded."""
         images, labels = zip(*(self._readable(i, self._enough) for i in indices), strict=True)
-        return _stack([self._square(image) for image in images]), torch.tensor(labels)
+        squares = [self._square(image) for image in images]
+        for square in squares:
+            _check_equal(square, squares[0])
+        return torch.stack(squares), torch.tensor(labels)
 
     def subset(self, indices: Sequence[int]) -> "ImageFiles":
         """Some of the images."""
@@ -331,23 +361,27 @@ class ImageFiles(ImageSet):
             max_unreadable=self.max_unreadable,
         )
 
+    @no_warnings()
     def decode_all(self) -> MemoryImages:
         """All readable images in memory."""
+        first = self._square(self._readable(0, self._enough)[0])
+        images = first.new_empty(len(self), *first.shape)
 
-        def square(index: int) -> Tensor | None:
+        def read(index: int) -> bool:
             image = self._open(index, self._enough)
-            return None if image is None else self._square(image)
+            if image is not None:
+                square = self._square(image)
+                _check_equal(square, first)
+                images[index] = square
+            return image is not None
 
         # Pillow decodes without Python's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(square, range(len(self))))
-        kept = [i for i, image in enumerate(found) if image is not None]
-        if not kept:
-            raise UnreadableImagesError(self._list_unreadable())
-        names = self._subset_names(kept)
-        return MemoryImages(
-            _stack([x for x in found if x is not None]), self.labels[kept], classes=self.classes, names=names
-        )
+            readable = torch.tensor(list(pool.map(read, range(len(self)))))
+        if bool(readable.all()):
+            return MemoryImages(images, self.labels, classes=self.classes, names=self.names)
+        names = self._subset_names(readable.nonzero().flatten().tolist())
+        return MemoryImages(images[readable], self.labels[readable], classes=self.classes, names=names)
 
 
 class _Chosen:
@@ -367,9 +401,7 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if len(sizes) > 1:
-        shown = ", ".join(f"{h} x {w}" for h, w in sorted(sizes)[:3])
-        raise ValueError(f"the images differ in size ({shown} ...); set data.image_size=224, or another size")
-    return torch.stack(list(images))
+def _check_equal(image: Tensor, first: Tensor) -> None:
+    if image.shape != first.shape:
+        shown = " and ".join(f"{x.shape[1]} x {x.shape[2]}" for x in (first, image))
+        raise DataError(f"the images differ in size ({shown}); set data.image_size=224, or another size")

@@ -1,4 +1,4 @@
-"""MedMNIST: eighteen medical data sets of small images."""
+"""MedMNIST: twelve medical data sets of small images; its six of volumes are left out."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from adadim_lightning.data.images import MemoryImages, check_channels
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.data.splits import one_at_a_time
+from adadim_lightning.data.splits import load_or_download
 from adadim_lightning.extras import require
 
 
@@ -24,7 +24,7 @@ def medmnist(
 ) -> ImageData:
     """A two-dimensional data set of MedMNIST, its training images and its test images.
 
-    Where an image may have several labels (ChestMNIST) it counts as one without.
+    Where an image may have several labels (ChestMNIST) it counts as one without. All images are kept in memory.
 
     Args:
         name: such as ``"pneumonia"`` or ``"pneumoniamnist"``.
@@ -54,27 +54,22 @@ def medmnist(
         raise ValueError(f"{flag} holds volumes; this package trains on images")
     info = package.INFO[flag]
     kind = getattr(package, info["python_class"])
-    root = Path(root)
+    if size not in kind.available_sizes:
+        raise ValueError(f"MedMNIST has images of size {', '.join(map(str, kind.available_sizes))}, got {size!r}")
+    root = Path(root).expanduser()
+    several = info["task"].startswith("multi-label")
+    classes = None if several else [info["label"][str(i)] for i in range(len(info["label"]))]
 
     def load(split: str) -> MemoryImages:
-        with one_at_a_time(root):
-            try:
-                found = kind(split=split, root=str(root), size=size, download=False)
-            except (RuntimeError, OSError) as missing:
-                if not download:
-                    raise ValueError(f"{flag} is not in {root}: set data.download=true, or data.root") from missing
-                try:
-                    found = kind(split=split, root=str(root), size=size, download=True)
-                except (RuntimeError, OSError) as failed:
-                    raise ValueError(
-                        f"{flag} could not be downloaded to {root} ({failed}); put it there by hand, or set "
-                        "data.root to the folder that holds it"
-                    ) from failed
-        images = torch.as_tensor(np.ascontiguousarray(found.imgs))
+        found = load_or_download(
+            lambda missing: kind(split=split, root=str(root), size=size, download=missing),
+            name=f"{flag} of size {size}",
+            root=root,
+            download=download,
+        )
+        images = torch.as_tensor(found.imgs)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        several = info["task"].startswith("multi-label")
         labels = None if several else torch.as_tensor(found.labels.astype(np.int64)).flatten()
-        classes = None if several else [info["label"][str(i)] for i in range(len(info["label"]))]
         return MemoryImages(images, labels, classes=classes).resized(image_size, channels)
 
     return ImageData(load("train"), load("test"), title=info["python_class"], **options)

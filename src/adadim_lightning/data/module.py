@@ -1,7 +1,8 @@
 """The LightningDataModule: two views of each training image, clean held-out images."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,12 +70,14 @@ class ImageData(LightningDataModule):
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None without labels."""
-        return next((x.num_classes for x in (self.test, self.train) if isinstance(x, ImageSet) and x.num_classes), None)
+        return next(
+            (x.num_classes for x in (self.test, self.train) if isinstance(x, ImageSet) and x.num_classes), None
+        )
 
     @property
     def is_labeled(self) -> bool:
         """Whether there are labels to learn from, and to score on."""
-        labeled = self.train.is_labeled if isinstance(self.train, ImageSet) else self.train.is_labeled  # type: ignore[attr-defined]
+        labeled = bool(getattr(self.train, "is_labeled", True))  # of a stream it may not be known
         return labeled and self.test is not None and self.test.is_labeled
 
     def __str__(self) -> str:
@@ -95,7 +98,11 @@ class ImageData(LightningDataModule):
     def sample(self, count: int) -> Batch:
         """The first training images, uint8 ``(N, C, S, S)``, and their labels; of a stream, of its test split."""
         source = self.train if isinstance(self.train, ImageSet) else self.test
-        assert source is not None
+        if source is None:
+            # Filling a buffer to shuffle would take long.
+            in_order: Iterable[Any] = getattr(self.train, "in_order", self.train)
+            images, labels = default_collate(list(islice(in_order, count)))
+            return images, labels
         images, labels = source.__getitems__(range(min(count, len(source))))
         return images.cpu(), labels
 
@@ -199,7 +206,7 @@ class _Collate:
 
 
 class HostViews(Dataset[Any]):
-    """Two views of each image, made one image at a time, at its own size."""
+    """Two views of each image, made one image at a time, from its own size where the views have one of theirs."""
 
     def __init__(self, images: ImageSet | Any, views: TwoViews) -> None:
         self.images = images
@@ -210,8 +217,8 @@ class HostViews(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
         """Two views of an image, and its label."""
-        pixels, label = self.images.pixels(index)
-        return self.views.of_one(pixels), label
+        pixels, label = self.images[index] if self.views.size is None else self.images.pixels(index)
+        return self.views.of_one(pixels), int(label)
 
 
 class StreamedHostViews(IterableDataset[Any]):

@@ -1,42 +1,69 @@
 """What all data sets share: a held-out part, images in memory where they fit, one download at a time."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
+from tarfile import TarError
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from adadim_lightning.data.images import ImageFiles, ImageSet
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.functional._numeric import check_number
+from adadim_lightning.functional._numeric import check_integer, check_number
 
 SPLIT_SEED = 0
 MOST_IN_MEMORY = 2 * 2**30
 
 Set = TypeVar("Set", bound=ImageSet)
+Loaded = TypeVar("Loaded")
 
 
-def hold_out(images: Set, share: float | int) -> tuple[Set, Set]:
+def hold_out(images: Set, share: float | int) -> tuple[Set, Set | None]:
     """Split a set in two, stratified by its labels; the split is the same for everyone.
+
+    Images that have no label, or the only one of their class, are all for training.
 
     Args:
         images: the whole set.
-        share: of the images to hold out, or their number.
+        share: of the labeled images to hold out, or their number.
 
     Returns:
-        The part to train on, and the part held out.
+        The part to train on, and the part held out; None where nothing is to be or can be held out.
+
+    Raises:
+        ValueError: no such part can be held out.
     """
     from sklearn.model_selection import train_test_split
 
     if isinstance(share, float):
         check_number("held_out", share, low=0.0, high=1.0)
+    else:
+        check_integer("held_out", share, low=0)
     labels = images.labels
-    counts = torch.bincount(labels.clamp_min(0)) if images.is_labeled else torch.zeros(1)
-    stratify = labels.numpy() if int(counts[counts > 0].min()) > 1 else None if len(counts) else None
-    train, test = train_test_split(range(len(images)), test_size=share, stratify=stratify, random_state=SPLIT_SEED)
-    return images.subset(train), images.subset(test)  # type: ignore[return-value]
+    known = labels[labels >= 0]
+    splittable = (torch.bincount(known, minlength=1) > 1)[labels.clamp_min(0)] & (labels >= 0)
+    candidates = splittable.nonzero().flatten()
+    if share == 0 or not len(candidates):
+        return images, None
+    classes = len(torch.unique(labels[candidates]))
+    count = share if isinstance(share, int) else max(classes, math.ceil(share * len(candidates)))
+    if not classes <= count <= len(candidates) - classes:
+        raise ValueError(
+            f"held_out={share} cannot leave an image of each of {classes} classes on both sides of "
+            f"{len(candidates):,} images"
+        )
+    train, test = train_test_split(
+        candidates.tolist(), test_size=count, stratify=labels[candidates].numpy(), random_state=SPLIT_SEED
+    )
+    rest = (~splittable).nonzero().flatten().tolist()
+    return images.subset(train + rest), images.subset(test)  # type: ignore[return-value]
 
 
 def image_data(train: Any, test: ImageSet | None, *, in_memory: bool | None = None, **options: Any) -> ImageData:
@@ -45,18 +72,18 @@ def image_data(train: Any, test: ImageSet | None, *, in_memory: bool | None = No
     Args:
         train: training images.
         test: held-out images.
-        in_memory: decode all images once; None does so if they take no more than 2 GiB.
+        in_memory: decode all images once; None does so if they take no more than 2 GiB, and views of the
+            torchvision backend do not want them as they are on disk.
         options: of :class:`ImageData`.
     """
+    if in_memory is None and options["views"].on_host:
+        in_memory = False  # these views want the images as they are on disk
     kept = [_in_memory(images, in_memory) for images in (train, test)]
-    data = ImageData(kept[0], kept[1], **options)
     for images in (train, test):
         news = images.news_of_unreadable() if isinstance(images, ImageFiles) else None
         if news is not None:
-            from lightning.pytorch.utilities import rank_zero_warn
-
             rank_zero_warn(news)
-    return data
+    return ImageData(kept[0], kept[1], **options)
 
 
 def _in_memory(images: Any, in_memory: bool | None) -> Any:
@@ -67,27 +94,65 @@ def _in_memory(images: Any, in_memory: bool | None) -> Any:
     return images.decode_all()
 
 
-@contextmanager
-def one_at_a_time(root: str | Path) -> Iterator[None]:
-    """Of several processes that would download to a folder, one does and the others wait.
+def load_or_download(load: Callable[[bool], Loaded], *, name: str, root: Path, download: bool) -> Loaded:
+    """Load a data set, and download it first if it is missing; of several processes one does, the others wait.
+
+    Args:
+        load: loads it, and before that downloads it if its argument is true.
+        name: of the data set, for messages.
+        root: folder of the data set.
+        download: whether it may be downloaded.
 
     Raises:
-        ValueError: the download failed; the message names the folder, and what to do.
+        ValueError: it is not there, or damaged, or could not be downloaded; one line says what to do.
     """
+    lock = root / ".download.lock"
+    missing: Exception | None = None
+    if not (download and lock.exists()):  # then somebody may be unpacking it
+        try:
+            return load(False)
+        except _FAILED as error:
+            missing = error
+    if not download:
+        raise ValueError(
+            f"{name} is not in {root}, or damaged: set data.download=true, or data.root to the folder that holds "
+            f"it ({_reason(missing)})"
+        ) from missing
+    with _one_at_a_time(lock):
+        with suppress(*_FAILED):
+            return load(False)
+        try:
+            return load(True)
+        except _FAILED as error:
+            raise ValueError(
+                f"{name} could not be downloaded to {root}; put it there by hand, or set data.root to the folder "
+                f"that holds it ({_reason(error)})"
+            ) from error
+
+
+# What a missing or damaged file, a broken archive or a lost connection raises; a wrong setting is a ValueError.
+_FAILED = (OSError, RuntimeError, EOFError, BadZipFile, TarError, HTTPException, UnpicklingError)
+
+
+def _reason(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
     from filelock import FileLock
 
-    root = Path(root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".download.lock")
-        lock.acquire()
-    except OSError:  # a folder that cannot be written to is not downloaded to
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire()
+    except OSError:  # who cannot write there cannot download either; the attempt says so
         yield
         return
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def class_indices(names: Sequence[str], classes: Sequence[str]) -> Tensor:

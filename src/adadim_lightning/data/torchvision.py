@@ -1,6 +1,8 @@
 """Data sets of torchvision, by name, downloaded where they are missing."""
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torchvision.datasets
 
 from adadim_lightning.data.images import ImageFiles, ImageSet, MemoryImages, check_channels
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.data.splits import hold_out, image_data, one_at_a_time
+from adadim_lightning.data.splits import hold_out, image_data, load_or_download
 
 
 def torchvision_images(
@@ -51,61 +53,56 @@ def torchvision_images(
     check_channels(channels)
     kind = getattr(torchvision.datasets, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.utils.data.Dataset)):
-        raise ValueError(f"torchvision has no data set {name!r}")
+        near = difflib.get_close_matches(name, torchvision.datasets.__all__, n=1)
+        raise ValueError(f"torchvision has no data set {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    make: Callable[..., Any] = kind
+    root = Path(root).expanduser()
+    parameters = inspect.signature(kind).parameters
 
-    def load(arguments: Mapping[str, Any]) -> ImageSet:
-        with one_at_a_time(root):
-            found = _load(kind, name, Path(root), dict(arguments), download)
+    def load(arguments: Mapping[str, Any], key: str) -> ImageSet:
+        for argument in arguments:
+            if argument not in parameters:
+                raise ValueError(
+                    f"data.{key}: {name} has no argument {argument!r}; it has {', '.join(parameters)}"
+                )
+        found = load_or_download(
+            lambda missing: make(str(root), **arguments, **({"download": True} if missing else {})),
+            name=name,
+            root=root,
+            download=download and "download" in parameters,
+        )
         return _as_images(found, name, image_size, channels, max_unreadable)
 
-    training = load(train or {})
-    if test is None:
-        training, testing = hold_out(training, held_out)
-    else:
-        testing = load(test)
+    training = load(train or {}, "train")
+    testing: ImageSet | None
+    training, testing = hold_out(training, held_out) if test is None else (training, load(test, "test"))
     return image_data(training, testing, in_memory=in_memory, title=name, **options)
 
 
-def _load(kind: type, name: str, root: Path, arguments: dict[str, Any], download: bool) -> Any:
-    try:
-        return kind(str(root), **arguments)  # what is there needs no network
-    except (RuntimeError, FileNotFoundError, OSError) as missing:
-        if not download:
-            raise ValueError(
-                f"{name} is not in {root}: set data.download=true, or data.root to the folder that holds it ({missing})"
-            ) from missing
-    try:
-        return kind(str(root), download=True, **arguments)
-    except (OSError, RuntimeError) as failed:
-        raise ValueError(
-            f"{name} could not be downloaded to {root} ({failed}); put it there by hand, or set data.root to the "
-            "folder that holds it"
-        ) from failed
-
-
 def _as_images(found: Any, name: str, image_size: int | None, channels: int, max_unreadable: int) -> ImageSet:
-    labels = next((getattr(found, key) for key in ("targets", "labels", "_labels") if hasattr(found, key)), None)
-    classes = getattr(found, "classes", None)
+    def first(*attributes: str) -> Any:
+        return next((getattr(found, x) for x in attributes if getattr(found, x, None) is not None), None)
+
+    classes = first("classes")
     if classes is not None:
-        classes = [x if isinstance(x, str) else x[0] for x in classes]
-    pixels = getattr(found, "data", None)
+        classes = [x if isinstance(x, str) else x[0] for x in classes]  # Imagenette has several names for each
+    pixels, labels = first("data"), first("targets", "labels", "_labels")
     if pixels is not None and labels is not None:
         images = torch.as_tensor(np.asarray(pixels))
         if images.ndim == 3:
             images = images[:, None]
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
-        # STL-10 writes 255, a -1 of its unsigned bytes, or -1 behind the images without a class.
-        known = torch.as_tensor(np.asarray(labels).astype(np.int64))
-        known = torch.where(known > 254, -1, known)
+        known = torch.as_tensor(np.asarray(labels).astype(np.int64))  # -1 where STL-10 has no label
         return MemoryImages(images.contiguous(), known, classes=classes).resized(image_size, channels)
-    samples = getattr(found, "samples", None) or getattr(found, "_samples", None)
-    if samples is None:
+    files, samples = first("_image_files", "_images"), first("samples", "_samples", "imgs")
+    if samples is not None:
+        files, labels = zip(*samples, strict=True)
+    if files is None or labels is None or len(files) != len(labels):
         raise ValueError(f"{name} of torchvision does not list its images with their classes; use data=folder")
-    files, numbers = zip(*samples, strict=True)
     return ImageFiles(
         [str(file) for file in files],
-        torch.tensor(numbers),
+        torch.tensor(labels),
         image_size=image_size,
         channels=channels,
         classes=classes,
