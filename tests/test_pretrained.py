@@ -26,7 +26,7 @@ from adadim_lightning.pretrained import (
     load_weights,
 )
 from adadim_lightning.trust import UntrustedTargetError
-from tests.helpers import all_digits, assert_same_weights
+from tests.helpers import assert_same_weights
 
 DIGITS = {"_target_": "adadim_lightning.models.SmallConvNet", "in_channels": 1, "channels": [4, 8]}
 
@@ -230,7 +230,7 @@ def test_configuration_that_names_another_file_of_weights_does_not_open_it(
     hidden = {"checkpoint_path": str(tmp_path / "evil.pth")}
     nested = {"_target_": "torch.nn.Sequential", "_args_": [model | hidden]}
     for part in ("backbone", "head"):
-        with pytest.raises(CheckpointError, match=r"weights of|cannot be made|lacks"):
+        with pytest.raises(CheckpointError, match=r"do not fit|lacks"):
             load_pretrained(altered(run, tmp_path / "x.ckpt", **{part: nested}))
     positional = {"_target_": "timm.create_model", "_args_": ["resnet18", False, None, None, *hidden.values()]}
     assert "without their names" in refusal(altered(run, tmp_path / "x.ckpt", backbone=positional))
@@ -253,8 +253,7 @@ def test_damaged_and_foreign_files_are_named(run: Path, tmp_path: Path) -> None:
     assert "lacks a part" in refusal(save({"adadim": {"config": {}}, "state_dict": {}}, path))
     assert "there is no checkpoint" in refusal(tmp_path / "none.ckpt")
     wider = altered(run, path, backbone=DIGITS | {"channels": [4, 16]})
-    assert "3.weight" not in refusal(wider)
-    assert "of shape" in refusal(wider)
+    assert "has 6.weight of shape (8, 4, 3, 3), but SmallConvNet needs (16, 4, 3, 3)" in refusal(wider)
     assert "cannot be made: channels" in refusal(altered(run, path, backbone=DIGITS | {"channels": []}))
 
 
@@ -315,27 +314,25 @@ def test_state_dict_of_torchvision_with_its_classifier_is_loaded(
         ("model.backbone._orig_mod.", "ema.module."),
     ],
 )
-def test_student_is_chosen_before_the_network_that_follows_it(
-    teacher: models.ResNet, expected: Tensor, tmp_path: Path, student: str, follower: str
-) -> None:
-    right = prefixed(teacher.state_dict(), student)
-    wrong = prefixed(models.resnet18().state_dict(), follower)
+def test_student_is_chosen_before_the_network_that_follows_it(tmp_path: Path, student: str, follower: str) -> None:
+    trained, found = SmallConvNet(3, (4, 8)), SmallConvNet(3, (4, 8))
+    right = prefixed(trained.state_dict(), student)
+    wrong = prefixed(SmallConvNet(3, (4, 8)).state_dict(), follower)
     head = {"projection_head.layers.0.weight": torch.zeros(3, 3), "epoch": torch.tensor(3)}
-    for i, state in enumerate(({**right, **wrong, **head}, {**head, **wrong, **right})):
-        path = save({"epoch": 3, "state_dict": state, "optimizer": {"state": {0: head}}}, tmp_path / f"{i}.ckpt")
-        backbone = resnet()
-        assert load_weights(backbone, path) == f"state_dict.{student.replace('_orig_mod.', '')}"
-        assert torch.equal(outputs(backbone), expected)
+    for state in ({**right, **wrong, **head}, {**head, **wrong, **right}):
+        path = save({"epoch": 3, "state_dict": state, "optimizer": {"state": {0: head}}}, tmp_path / "x.ckpt")
+        assert load_weights(found, path) == f"state_dict.{student.replace('_orig_mod.', '')}"
+        assert_same_weights(found, trained)
 
 
-def test_entries_of_a_checkpoint_follow_the_same_rule(
-    teacher: models.ResNet, expected: Tensor, tmp_path: Path
-) -> None:
-    for student, follower in (("student", "teacher"), ("state_dict", "state_dict_ema"), ("model", "model_ema")):
-        path = save({follower: resnet().state_dict(), student: teacher.state_dict()}, tmp_path / "x.pth")
-        backbone = resnet()
-        assert load_weights(backbone, path) == f"{student}."
-        assert torch.equal(outputs(backbone), expected)
+@pytest.mark.parametrize(
+    ("student", "follower"), [("student", "teacher"), ("state_dict", "state_dict_ema"), ("model", "model_ema")]
+)
+def test_entries_of_a_checkpoint_follow_the_same_rule(tmp_path: Path, student: str, follower: str) -> None:
+    trained, found = SmallConvNet(3, (4, 8)), SmallConvNet(3, (4, 8))
+    path = save({follower: found.state_dict(), student: trained.state_dict()}, tmp_path / "x.pth")
+    assert load_weights(found, path) == f"{student}."
+    assert_same_weights(found, trained)
 
 
 def test_weights_are_chosen_by_shape_where_names_are_numbers(tmp_path: Path) -> None:
@@ -361,9 +358,9 @@ def test_checkpoint_of_timm_and_half_precision_are_loaded(tmp_path: Path) -> Non
 
 
 def test_own_checkpoint_gives_its_backbone(run: Path) -> None:
-    backbone = torch.compile(SmallConvNet(1, (4, 8)))
-    assert load_weights(backbone, find_checkpoint(run)) == "state_dict.backbone."  # type: ignore[arg-type]
-    assert_same_weights(backbone._orig_mod, load_backbone(run))  # type: ignore[attr-defined]
+    backbone = SmallConvNet(1, (4, 8))
+    assert load_weights(backbone, find_checkpoint(run)) == "state_dict.backbone."
+    assert_same_weights(backbone, load_backbone(run))
 
 
 def test_missing_and_misshapen_weights_are_named_and_leave_the_backbone(
@@ -374,7 +371,7 @@ def test_missing_and_misshapen_weights_are_named_and_leave_the_backbone(
     state = prefixed(teacher.state_dict(), "module.")
     del state["module.layer1.0.conv1.weight"]
     with pytest.raises(
-        CheckpointError, match=r"lacks 1 of 120 weights of ResNet, such as layer1\.0\.conv1\.weight"
+        CheckpointError, match=r"lacks 1 of 100 weights of ResNet, such as layer1\.0\.conv1\.weight"
     ):
         load_weights(backbone, save(state, tmp_path / "x.pth"))
     state["module.layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
@@ -382,12 +379,6 @@ def test_missing_and_misshapen_weights_are_named_and_leave_the_backbone(
         CheckpointError, match=r"layer1\.0\.conv1\.weight of shape \(64, 64, 1, 1\).*\(64, 64, 3, 3\)"
     ):
         load_weights(backbone, save(state, tmp_path / "x.pth"))
-    with pytest.raises(CheckpointError, match="lacks 120 of 120 weights"):
+    with pytest.raises(CheckpointError, match="lacks 100 of 100 weights"):
         load_weights(backbone, save({"x": np.float64(3).item()}, tmp_path / "x.pth"))
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
-
-
-def test_digits_are_what_the_tiny_run_saw(run: Path) -> None:
-    found = load_pretrained(run)
-    images = all_digits().test.images[:2]
-    assert found.views.clean(images).shape == (2, *found.image_shape)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from adadim_lightning.module import AdaDimModule as AdaDimModule
     from adadim_lightning.objective import AdaDimLoss as AdaDimLoss
     from adadim_lightning.objective import ObjectiveOutput as ObjectiveOutput
+    from adadim_lightning.pretrained import load_backbone as load_backbone
+    from adadim_lightning.pretrained import load_transform as load_transform
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ _HOMES = {
     "OnlineLinearProbe": "callbacks",
     "Statistics": "balance",
     "StepSchedule": "balance",
+    "load_backbone": "pretrained",
+    "load_transform": "pretrained",
 }
 
 __all__ = ["__version__", *_HOMES]

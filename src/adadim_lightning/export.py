@@ -195,9 +195,12 @@ def check_format(format: str) -> None:
 @torch.no_grad()
 def _run(model: Run, batches: Sequence[Tensor]) -> Tensor:
     """Representations of the batches, one batch after another."""
-    found = torch.cat([model(batch) for batch in batches])
-    if found.ndim != 2:
-        raise ExportError(f"representations must have the shape (B, d_R), got {tuple(found.shape)}")
+    parts = [model(batch) for batch in batches]
+    if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        last = parts[-1]
+        got = tuple(last.shape) if isinstance(last, Tensor) else type(last).__name__
+        raise ExportError(f"representations must have the shape (B, d_R), got {got}")
+    found = torch.cat(parts)
     if not bool(found.isfinite().all()):
         raise ExportError("the representations of these images hold a NaN or infinity")
     return found

@@ -144,7 +144,12 @@ def load_pretrained(path: str | Path, *, trust: Sequence[str] = ()) -> Pretraine
     check_targets(parts, trust)
     backbone = _make("backbone", parts["backbone"], path)
     _load(backbone, _below(state, "backbone."), path)
-    head = _make("head", parts["head"], path)(representation_dim(backbone, torch.zeros(channels, height, width)))
+    try:
+        head = _make("head", parts["head"], path)(
+            representation_dim(backbone, torch.zeros(channels, height, width))
+        )
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"backbone and head of {path} do not fit: {str(error).splitlines()[0]}") from error
     _load(head, _below(state, "projection_head."), path)
     name = path.absolute().parent.parent.name if path.absolute().parent.name == "checkpoints" else path.stem
     views = _make("views", parts["views"], path)
@@ -273,9 +278,10 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     own = {key.replace(COMPILED, ""): key for key in module.state_dict()}
     wanted = {name: module.state_dict()[key].shape for name, key in own.items()}
-    missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in state]
     if missing:
-        what = f"{len(missing)} of {len(wanted)} weights of {type(module).__name__}"
+        what = f"{len(missing)} of {len(needed)} weights of {type(module).__name__}"
         raise CheckpointError(f"{path} lacks {what}, such as {missing[0]}")
     for name, value in state.items():
         if name in wanted and value.shape != wanted[name]:

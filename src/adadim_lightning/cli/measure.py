@@ -1,11 +1,11 @@
 """Evaluates and embeds with models that are trained already."""
 
 import json
-import logging
 import math
 import os
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -13,15 +13,16 @@ from typing import IO, Any
 import numpy as np
 import torch
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from adadim_lightning.cli.build import Subject, say, subjects
+from adadim_lightning.cli.app import nearest
+from adadim_lightning.cli.build import Subject, find_checkpoints, say, subjects
 from adadim_lightning.cli.versions import versions
-from adadim_lightning.data import ImageFiles, ImageSet
+from adadim_lightning.data import ImageData, ImageFiles, ImageSet
 from adadim_lightning.evaluation import (
     embed,
     few_shot_accuracy,
@@ -35,27 +36,31 @@ from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.models.backbones import evaluating
 
 Rows = tuple[Tensor, Tensor]
+Values = dict[str, float | None]
 
 PROBES = ("linear", "knn", "few_shot", "label_free")
 # Rows times dimensions times classes for which a logistic regression takes a minute or so.
 MOST_FOR_LOGISTIC = 3e8
-MODELS_A_TABLE = 3
-LABELS = {
-    "linear_top1": "linear, logistic regression",
-    "linear_sgd_top1": "linear, SGD, 100 epochs",
-    "knn_top1": "kNN, k = 20, T = 0.07",
-    "knn_plain_top1": "kNN, k = 20, plain vote",
-    "H_R": "H(R) [nats]",
-    "ER_R": "ER(R)",
-    "rankme": "RankMe",
-    "lidar": "LiDAR",
-    "alpha_req": "alpha-ReQ",
-    "I_RZ": "I(R;Z) [nats]",
-    "log_n": "  of at most",
-    "ER_Z": "ER(Z)",
-    "uniformity": "uniformity",
-    "alignment": "alignment",
+VIEWS_AT_ONCE = 512
+FEW_SHOT = "few_shot_{:g}pct_top1"
+GROUPS = {
+    "Linear probe": {"linear_top1": "logistic regression", "linear_sgd_top1": "SGD, 100 epochs"},
+    "Nearest neighbors, k = 20": {"knn_top1": "weighted, T = 0.07", "knn_plain_top1": "plain vote"},
+    "Few labels, mean of 3": {},  # a row for each of few_shot
+    "Without labels": {
+        "H_R": "H(R) [nats]",
+        "ER_R": "ER(R)",
+        "rankme": "RankMe",
+        "lidar": "LiDAR",
+        "alpha_req": "alpha-ReQ",
+        "I_RZ": "I(R;Z) [nats]",
+        "log_n": "  of at most",
+        "ER_Z": "ER(Z)",
+        "uniformity": "uniformity",
+        "alignment": "alignment",
+    },
 }
+LABEL_WIDTH, FIGURE_WIDTH = 27, 14  # three models fit into 80 columns
 
 
 def evaluate(config: DictConfig) -> list[dict[str, Any]]:
@@ -71,113 +76,185 @@ def evaluate(config: DictConfig) -> list[dict[str, Any]]:
         ValueError: something in the configuration does not fit.
     """
     _check(config)
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    results = []
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for subject in subjects(config):
-        seed_everything(config.seed, verbose=False)
-        start = time.perf_counter()
-        say(f"{subject.name}: {subject.data}")
-        found = _measure(subject, config)
-        found["seconds"] = round(time.perf_counter() - start, 2)
-        results.append(found)
-        with replacing(out) as file:  # after each model, so that the last failing loses none
+    seed_everything(config.seed, verbose=False)  # a backbone without weights is drawn
+    models = subjects(config)
+    out = _writable(config.out, ".json")
+    results: list[dict[str, Any]] = []
+    try:
+        for subject in models:
+            seed_everything(config.seed, verbose=False)  # no model sees what came before it
+            start = time.perf_counter()
+            say(f"{subject.name}\n  {subject.data}")
+            found = _measure(subject, config)
+            found["seconds"] = round(time.perf_counter() - start, 2)
+            results.append(found)
             content = {"models": results, "settings": OmegaConf.to_container(config), "versions": versions()}
-            file.write((json.dumps(_finite(content), indent=2) + "\n").encode())
-    _print(results)
-    say(f"\nAll figures are in {os.path.relpath(out)}")
+            with _replacing(out) as file:
+                file.write((json.dumps(_finite(content), indent=2) + "\n").encode())
+    finally:  # what was measured before an error or a Ctrl-C is shown, too
+        if results:
+            _print(results)
+            say(f"\nAll figures are in {os.path.relpath(out)}")
     return results
 
 
 def _check(config: DictConfig) -> None:
     check_integer("seed", config.seed, low=0)
-    strange = [probe for probe in config.probes if probe not in PROBES]
-    if strange or not config.probes:
-        raise ValueError(f"probes must be some of {', '.join(PROBES)}, got {strange or 'none'}")
-    for share in config.few_shot:
+    probes = _listed(config.probes)
+    for probe in probes:
+        if probe not in PROBES:
+            meant = nearest(str(probe), PROBES)
+            hint = f"did you mean {meant!r}?" if meant else f"there are {', '.join(PROBES)}"
+            raise ValueError(f"probes has no option {probe!r}; {hint}")
+    if not probes:
+        raise ValueError(f"probes is empty: name some of {', '.join(PROBES)}")
+    for share in _listed(config.few_shot):
         check_number("each of few_shot", share, low=0, high=1)
-    check_integer("label_free.images", config.label_free.images, low=2)
-    check_integer("label_free.views", config.label_free.views, low=2)
-    check_integer("label_free.rows", config.label_free.rows, low=2)
+        if share == 0:
+            raise ValueError("each of few_shot must be > 0: it is a share of the labels")
+    for key in ("images", "views", "rows"):
+        check_integer(f"label_free.{key}", config.label_free[key], low=2)
+
+
+def _listed(value: Any) -> list[Any]:
+    """One thing may be given without brackets."""
+    return list(value) if isinstance(value, list | ListConfig) else [] if value is None else [value]
+
+
+def _writable(path: Any, *endings: str) -> Path:
+    """Where the result will go; that it cannot must be known before the work."""
+    out = Path(str(path)).expanduser()
+    if out.suffix not in endings:
+        raise ValueError(f"out must end in {' or '.join(endings)}, got {out}")
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"cannot write {out}: {reason}; name another file by out=FILE") from error
+    return out
 
 
 def _measure(subject: Subject, config: DictConfig) -> dict[str, Any]:
     data = subject.data
-    if not isinstance(data.train, ImageSet):
-        raise ValueError("a stream cannot be evaluated; set data.streaming=false")
-    probes = [probe for probe in config.probes if data.is_labeled or probe == "label_free"]
-    if not data.is_labeled and probes != list(config.probes):
-        say("  no labels: label-free values alone")
-    values: dict[str, float] = {}
+    _check_no_stream(data, "evaluated")
+    probes = _listed(config.probes)
+    if not data.is_labeled and probes != ["label_free"]:
+        if "label_free" not in probes:
+            raise ValueError(
+                f"{data.title} has no labels, or none held out, which {', '.join(probes)} need; set "
+                "probes=[label_free]"
+            )
+        say("  no labels, or none held out: only what needs none is measured")
+        probes = ["label_free"]
+    values: Values = {}
     sizes = {}
-    if set(probes) - {"label_free"}:
+    r = None
+    if probes != ["label_free"]:
+        assert isinstance(data.train, ImageSet)
         assert data.test is not None
         train, test = (embed(subject.backbone, data.loader(x), data.views.clean) for x in (data.train, data.test))
         sizes = {"train": int((train[1] >= 0).sum()), "test": int((test[1] >= 0).sum())}
         values |= _probe(train, test, probes, config)
+        r = test[0]
     if "label_free" in probes:
-        values |= _label_free(subject, config)
+        values |= _label_free(subject, r, config)
     data.report_unreadable()
     return {
         "name": subject.name,
         "source": subject.source,
-        "data": data.title,
         "trained_on": subject.trained_on,
+        "data": data.title,
         "labeled_images": sizes,
         "image_shape": list(data.image_shape),
         "values": values,
     }
 
 
-def _probe(train: Rows, test: Rows, probes: Iterable[str], config: DictConfig) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _check_no_stream(data: ImageData, what: str) -> None:
+    if not isinstance(data.train, ImageSet):
+        raise ValueError(f"a stream cannot be {what}; set data.streaming=false")
+
+
+def _probe(train: Rows, test: Rows, probes: Iterable[str], config: DictConfig) -> Values:
+    values: Values = {}
     labels = train[1]
-    size = len(labels) * train[0].shape[1] * (int(labels.max()) + 1)
+    size = int((labels >= 0).sum()) * train[0].shape[1] * (int(labels.max()) + 1)
+    left_out = []
     if "linear" in probes:
+        values["linear_top1"] = None
         if size <= MOST_FOR_LOGISTIC:
             values["linear_top1"] = linear_accuracy(train, test)
+        else:
+            left_out.append("all labels")
         values["linear_sgd_top1"] = sgd_linear_accuracy(train, test, seed=config.seed)
     if "knn" in probes:
         values["knn_top1"] = knn_accuracy(train, test)
         values["knn_plain_top1"] = knn_accuracy(train, test, temperature=math.inf)
     if "few_shot" in probes:
-        for share in config.few_shot:
-            name = f"few_shot_{100 * share:g}pct_top1"
-            values[name], values[f"{name}_std"] = few_shot_accuracy(train, test, share, seed=config.seed)
+        for share in _listed(config.few_shot):
+            name = FEW_SHOT.format(100 * share)
+            values[name] = None
+            if share * size <= MOST_FOR_LOGISTIC:
+                values[name], values[f"{name}_std"] = few_shot_accuracy(train, test, share, seed=config.seed)
+            else:
+                left_out.append(f"{100 * share:g} %")
+    if left_out:
+        say(f"  logistic regression of so many images would take too long: no {', '.join(left_out)}")
     return values
 
 
-def _label_free(subject: Subject, config: DictConfig) -> dict[str, float]:
-    """Values of the held-out images, or of the training images where there are none."""
+def _label_free(subject: Subject, r: Tensor | None, config: DictConfig) -> Values:
+    """Values of the held-out images, of which R may be known, or of the training images if there are no others."""
     data, settings = subject.data, config.label_free
     images = data.test if data.test is not None else data.train
     assert isinstance(images, ImageSet)
-    some = _spread(images, settings.rows)
-    r, _ = embed(subject.backbone, data.loader(some), data.views.clean)
+    chosen = _spread(images, settings.rows)
+    if r is None:
+        some = images.subset(chosen.tolist())
+        r, _ = embed(subject.backbone, data.loader(some), data.views.clean)
+        readable = _readable(some)
+    else:
+        r, readable = r[chosen], _readable(images)[chosen]
+    r = r[readable]
     z = None if subject.projection_head is None else _apply(subject.projection_head, r)
-    objects = _spread(images, settings.images)
-    # Pairs of views, until there are enough of them.
-    views: list[Tensor] = []
-    while len(views) < settings.views:
-        pair = [embed(subject.backbone, data.loader(objects), lambda x, i=i: data.views(x)[i])[0] for i in (0, 1)]
-        views += pair
-    return label_free_values(r, z, torch.stack(views[: settings.views], dim=1))
+    return {**label_free_values(r, z, _embed_views(subject, images, settings))}
 
 
-def _spread(images: ImageSet, most: int) -> ImageSet:
-    """At most so many images, spread evenly over the set, which may be sorted by class."""
-    if len(images) <= most:
-        return images
-    return images.subset(torch.linspace(0, len(images) - 1, most).long().tolist())
+def _embed_views(subject: Subject, images: ImageSet, settings: DictConfig) -> Tensor:
+    """Representations ``(M, q, d_R)`` of q views of each of M images, which are read once."""
+    data, count = subject.data, settings.views
+    some = images.subset(_spread(images, settings.images).tolist())
+
+    def views(batch: Tensor) -> Tensor:
+        pairs = (view for _ in range(math.ceil(count / 2)) for view in data.views(batch))
+        return torch.stack(list(pairs)[:count], dim=1).flatten(0, 1)
+
+    # In small groups: all views of a loader's batch would need much memory.
+    size = max(1, VIEWS_AT_ONCE // count)
+    groups = (group for x, y in data.loader(some) for group in zip(x.split(size), y.split(size), strict=True))
+    r, _ = embed(subject.backbone, groups, views)
+    return r.reshape(-1, count, r.shape[1])[_readable(some)]
+
+
+def _spread(images: ImageSet, most: int) -> Tensor:
+    """Indices of at most so many images, spread evenly over the set, which may be sorted by class."""
+    return torch.linspace(0, len(images) - 1, min(most, len(images)), dtype=torch.float64).long()
+
+
+def _readable(images: ImageSet) -> Tensor:
+    """Which images could be read, once all were asked for: others stand in for the rest."""
+    return ~images.unreadable if isinstance(images, ImageFiles) else torch.ones(len(images), dtype=torch.bool)
 
 
 @torch.no_grad()
 def _apply(head: nn.Module, r: Tensor) -> Tensor:
     device = next(head.parameters(), r).device
     with evaluating(head):
-        return torch.cat([head(rows.to(device)).float().cpu() for rows in r.split(1024)])
+        return torch.cat([head(rows.to(device)).float().cpu() for rows in torch.split(r, 1024)])
 
 
 def _finite(value: Any) -> Any:
@@ -189,39 +266,54 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _label(key: str) -> str:
-    if key.startswith("few_shot_"):
-        return f"{key.split('_')[2].replace('pct', ' %')} of the labels, logistic regression"
-    return LABELS[key]
-
-
 def _print(results: list[dict[str, Any]]) -> None:
+    """The table, in parts of as many models as fit side by side."""
     console = Console(highlight=False)
-    keys = list(dict.fromkeys(key for x in results for key in x["values"] if not key.endswith("_std")))
-    for start in range(0, len(results), MODELS_A_TABLE):
-        shown = results[start : start + MODELS_A_TABLE]
-        table = Table(show_edge=False)
-        table.add_column("")
-        for result in shown:
-            moved = f"\n{result['trained_on']} -> {result['data']}" if result["trained_on"] else ""
-            table.add_column(escape(result["name"] + moved), justify="right")
-        for key in keys:
-            table.add_row(escape(_label(key)), *(_figure(result["values"], key) for result in shown))
+    fitting = max(1, (console.width - LABEL_WIDTH - 2) // (FIGURE_WIDTH + 3))
+    parts = math.ceil(len(results) / fitting)
+    size = math.ceil(len(results) / parts)
+    for start in range(0, len(results), size):
         console.print()
-        console.print(table)
+        console.print(_table(results[start : start + size], console.width))
 
 
-def _figure(values: dict[str, float], key: str) -> str:
-    if key not in values:
+def _table(results: list[dict[str, Any]], width: int) -> Table:
+    table = Table(show_edge=False)
+    table.add_column("", no_wrap=True)
+    most = max(FIGURE_WIDTH, (width - LABEL_WIDTH - 2) // len(results) - 3)
+    for result in results:
+        table.add_column(escape(result["name"]), justify="right", overflow="fold", max_width=most)
+    known = {key: None for result in results for key in result["values"]}
+    if any(result["trained_on"] for result in results):
+        table.add_row("trained on", *(escape(result["trained_on"] or "-") for result in results))
+    table.add_row("measured on", *(escape(result["data"]) for result in results))
+    if any(result["labeled_images"] for result in results):
+        sizes = (result["labeled_images"].values() for result in results)
+        table.add_row("  labeled, train / test", *(" / ".join(f"{x:,}" for x in size) or "-" for size in sizes))
+    for title, rows in GROUPS.items():
+        if title.startswith("Few"):
+            names = (key for key in known if key.startswith("few_shot") and not key.endswith("_std"))
+            rows = {key: f"{key.split('_')[2].removesuffix('pct')} %" for key in names}
+        shown = {key: label for key, label in rows.items() if key in known}
+        if shown:
+            table.add_section()
+            table.add_row(title)
+        for key, label in shown.items():
+            table.add_row(escape(f"  {label}"), *(_figure(result["values"], key) for result in results))
+    return table
+
+
+def _figure(values: Values, key: str) -> str:
+    value, spread = values.get(key), values.get(f"{key}_std")
+    if value is None:
         return "-"
-    spread = f" +- {values[f'{key}_std']:.3f}" if f"{key}_std" in values else ""
-    return f"{values[key]:.3f}{spread}"
+    return f"{value:.3f}" + ("" if spread is None else f" +- {spread:.3f}")
 
 
 @contextmanager
-def replacing(path: Path) -> Any:
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of another once it is whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -243,54 +335,51 @@ def write_embeddings(config: DictConfig) -> Path:
 
     Raises:
         ValueError: something in the configuration does not fit.
+        MissingExtraError: parquet is wanted but pyarrow is not installed.
     """
-    out = Path(config.out)
-    if out.suffix not in (".npz", ".parquet"):
-        raise ValueError(f"out must end in .npz or .parquet, got {out}")
-    found = list(subjects(config))
-    if len(found) != 1:
-        raise ValueError(f"one model at a time, got {len(found)}")
-    subject = found[0]
+    if config.get("ckpt") is not None and len(found := find_checkpoints(config.ckpt)) > 1:
+        raise ValueError(f"adadim-embed takes one model at a time, and ckpt means {len(found)}")
+    seed_everything(0, verbose=False)  # a backbone without weights is drawn
+    models = subjects(config)
+    out = _writable(config.out, ".npz", ".parquet")
+    parquet = require("pyarrow.parquet", "hf") if out.suffix == ".parquet" else None
+    subject = next(models)
     data = subject.data
-    say(f"{subject.name}: {data}")
+    _check_no_stream(data, "embedded")
+    say(f"{subject.name}\n  {data}")
     columns: dict[str, list[Any]] = {"representation": [], "label": [], "path": [], "split": []}
     for split, images in (("train", data.train), ("test", data.test)):
-        if images is None:
-            continue
         if not isinstance(images, ImageSet):
-            raise ValueError("a stream cannot be embedded; set data.streaming=false")
+            continue
         r, labels = embed(subject.backbone, data.loader(images), data.views.clean)
-        kept = ~images.unreadable if isinstance(images, ImageFiles) else torch.ones(len(r), dtype=torch.bool)
+        kept = _readable(images)
         names = images.names if images.names is not None else [""] * len(images)
         columns["representation"].append(r[kept])
         columns["label"].append(labels[kept])
         columns["path"] += [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
         columns["split"] += [split] * int(kept.sum())
     data.report_unreadable()
-    r, labels = torch.cat(columns["representation"]), torch.cat(columns["label"])
+    r = torch.cat(columns["representation"])
     arrays = {"representation": r.numpy()}
     if subject.projection_head is not None:
         arrays["embedding"] = _apply(subject.projection_head, r).numpy()
-    arrays |= {"label": labels.numpy(), "path": np.asarray(columns["path"]), "split": np.asarray(columns["split"])}
-    parquet = require("pyarrow", "hf") if out.suffix == ".parquet" else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
+    arrays["label"] = torch.cat(columns["label"]).numpy()
+    arrays |= {name: np.asarray(columns[name], dtype=str) for name in ("path", "split")}
+    with _replacing(out) as file:
         if parquet is None:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         else:
             _write_parquet(parquet, file, arrays)
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in arrays.items() if x.ndim == 2)
-    say(f"{out}: {shapes}, label, path, split of {len(labels):,} images")
+    shapes = ", ".join(name + (f" ({x.shape[1]})" if x.ndim == 2 else "") for name, x in arrays.items())
+    say(f"  {shapes}\n\n{len(r):,} images are in {os.path.relpath(out)}")
     return out
 
 
-def _write_parquet(pyarrow: Any, file: IO[bytes], arrays: dict[str, Any]) -> None:
-    from pyarrow import parquet
+def _write_parquet(parquet: Any, file: IO[bytes], arrays: dict[str, Any]) -> None:
+    import pyarrow
 
-    table = pyarrow.table(
-        {
-            name: pyarrow.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1]) if x.ndim == 2 else x
-            for name, x in arrays.items()
-        }
-    )
-    parquet.write_table(table, file)
+    columns = {
+        name: pyarrow.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1]) if x.ndim == 2 else x
+        for name, x in arrays.items()
+    }
+    parquet.write_table(pyarrow.table(columns), file)

@@ -52,9 +52,7 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(
         value == red,
         (green - blue).div_(divisor),
-        torch.where(
-            value == green, (blue - red).div_(divisor).add_(2.0), (red - green).div_(divisor).add_(4.0)
-        ),
+        torch.where(value == green, (blue - red).div_(divisor).add_(2.0), (red - green).div_(divisor).add_(4.0)),
     )
     sixths = hue.add_(turns[..., 0, :, :] * 6).unsqueeze(-3)
     # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
@@ -114,7 +112,37 @@ class Solarize(kornia.RandomSolarize):
         return torch.where(input < threshold, input, 1 - input)
 
 
-def _sometimes(transform: nn.Module, p: float) -> nn.Module:
+class Sometimes(nn.Module):
+    """Applies an augmentation of kornia to each image with a probability.
+
+    On a CPU the chosen images alone are augmented, in place; kornia augments all and chooses afterwards. On a GPU that
+    is the better way, since it waits for nothing, and is left to kornia.
+
+    Args:
+        make: makes the augmentation for a probability.
+        p: the probability.
+    """
+
+    def __init__(self, make: Callable[[float], nn.Module], p: float) -> None:
+        super().__init__()
+        check_number("p", p, low=0, high=1)
+        self.p = p
+        self.always = make(1.0)
+        self.by_kornia = make(p)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Augment a batch of floats, ``(N, C, H, W)``, which may be changed in place."""
+        if images.device.type != "cpu":
+            return self.by_kornia(images)  # type: ignore[no-any-return]
+        if self.p == 1:
+            return self.always(images)  # type: ignore[no-any-return]
+        chosen = (torch.rand(len(images)) < self.p).nonzero().flatten()
+        if len(chosen):
+            images[chosen] = self.always(images[chosen])
+        return images
+
+
+def _sometimes_on_host(transform: nn.Module, p: float) -> nn.Module:
     return v2.RandomApply([transform], p=p)
 
 
@@ -141,12 +169,12 @@ def crop(size: Size, *, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4, 4 / 3
 
 def flip(size: Size, *, p: float = 0.5) -> tuple[nn.Module, nn.Module]:
     """Mirror left and right."""
-    return kornia.RandomHorizontalFlip(p=p), v2.RandomHorizontalFlip(p=p)
+    return Sometimes(lambda p: kornia.RandomHorizontalFlip(p=p), p), v2.RandomHorizontalFlip(p=p)
 
 
 def vertical_flip(size: Size, *, p: float = 0.5) -> tuple[nn.Module, nn.Module]:
     """Mirror top and bottom."""
-    return kornia.RandomVerticalFlip(p=p), v2.RandomVerticalFlip(p=p)
+    return Sometimes(lambda p: kornia.RandomVerticalFlip(p=p), p), v2.RandomVerticalFlip(p=p)
 
 
 def affine(
@@ -165,8 +193,9 @@ def affine(
         "scale": tuple(scale),
         "shear": tuple(shear),
     }
-    host = v2.RandomAffine(**options, interpolation=v2.InterpolationMode.BILINEAR)
-    return kornia.RandomAffine(**options, p=p), _sometimes(host, p)
+    # With a number for fill, torchvision darkens the pixels at the edge twice.
+    host = v2.RandomAffine(**options, interpolation=v2.InterpolationMode.BILINEAR, fill=None)
+    return Sometimes(lambda p: kornia.RandomAffine(**options, p=p), p), _sometimes_on_host(host, p)
 
 
 def color_jitter(
@@ -179,41 +208,47 @@ def color_jitter(
     p: float = 0.8,
 ) -> tuple[nn.Module, nn.Module]:
     """Change brightness, contrast, saturation and hue, in random order."""
-    check_number("color_jitter.hue", hue, low=0, high=0.5)
+    check_number("hue", hue, low=0, high=0.5)
+    ranges = [_around_one(strength) for strength in (brightness, contrast, saturation)]
     return (
-        ColorJitter(_around_one(brightness), _around_one(contrast), _around_one(saturation), (-hue, hue), p=p),
-        _sometimes(v2.ColorJitter(brightness, contrast, saturation, hue), p),
+        Sometimes(lambda p: ColorJitter(*ranges, (-hue, hue), p=p), p),
+        _sometimes_on_host(v2.ColorJitter(brightness, contrast, saturation, hue), p),
     )
 
 
 def grayscale(size: Size, *, p: float = 0.2) -> tuple[nn.Module, nn.Module]:
     """Remove the color."""
-    return Grayscale(p=p), v2.RandomGrayscale(p=p)
+    return Sometimes(lambda p: Grayscale(p=p), p), v2.RandomGrayscale(p=p)
 
 
 def blur(size: Size, *, sigma: Range = (0.1, 2.0), p: float = 0.5) -> tuple[nn.Module, nn.Module]:
     """Blur by a Gaussian whose kernel is a tenth of the view."""
     kernel = tuple(_odd(side // 10) for side in size)
     return (
-        kornia.RandomGaussianBlur(kernel, tuple(sigma), separable=max(kernel) > 5, p=p),  # type: ignore[arg-type]
-        _sometimes(v2.GaussianBlur(kernel, tuple(sigma)), p),
+        Sometimes(
+            lambda p: kornia.RandomGaussianBlur(kernel, tuple(sigma), separable=max(kernel) > 5, p=p),  # type: ignore[arg-type]
+            p,
+        ),
+        _sometimes_on_host(v2.GaussianBlur(kernel[::-1], tuple(sigma)), p),
     )
 
 
 def solarize(size: Size, *, threshold: float = 0.5, p: float = 0.1) -> tuple[nn.Module, nn.Module]:
     """Invert what is brighter than the threshold."""
     return (
-        Solarize((threshold, threshold), (0.0, 0.0), p=p),
+        Sometimes(lambda p: Solarize((threshold, threshold), (0.0, 0.0), p=p), p),
         v2.RandomSolarize(threshold, p=p),
     )
 
 
 def noise(size: Size, *, std: float = 0.1, p: float = 0.5) -> tuple[nn.Module, nn.Module]:
     """Add Gaussian noise."""
-    return kornia.RandomGaussianNoise(std=std, p=p), _sometimes(v2.GaussianNoise(sigma=std, clip=False), p)
+    check_number("std", std, low=0)
+    return Sometimes(lambda p: kornia.RandomGaussianNoise(std=std, p=p), p), _sometimes_on_host(
+        v2.GaussianNoise(sigma=std, clip=False), p
+    )
 
 
 AUGMENTATIONS: Mapping[str, Callable[..., tuple[nn.Module, nn.Module]]] = {
-    x.__name__: x
-    for x in (crop, flip, vertical_flip, affine, color_jitter, grayscale, blur, solarize, noise)
+    x.__name__: x for x in (crop, flip, vertical_flip, affine, color_jitter, grayscale, blur, solarize, noise)
 }

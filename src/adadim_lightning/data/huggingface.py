@@ -207,9 +207,11 @@ def _load(datasets: Any, path: str, name: str | None, streaming: bool) -> dict[s
             found = datasets.load_from_disk(str(local))
             found = found if isinstance(found, dict) else {"train": found}
             if streaming:
-                found = {split: table.to_iterable_dataset(num_shards=8) for split, table in found.items()}
+                found = {x: table.to_iterable_dataset(num_shards=min(8, len(table))) for x, table in found.items()}
         elif files:
-            found = datasets.load_dataset(kind, data_files=_by_split(files), streaming=streaming)
+            found = datasets.load_dataset(
+                kind, data_files=_by_split(files) if len(files) > 1 else {"train": files}, streaming=streaming
+            )
         else:
             with _offline_if_unreachable(datasets):
                 found = datasets.load_dataset(path, name, streaming=streaming)
@@ -236,7 +238,7 @@ def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
     """Files by the split that begins their names or is that of their folder; those of none are to train on."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        starts = [re.split(r"[-_.]", part)[0] for part in (Path(file).name, Path(file).parent.name)]
+        starts = re.split(r"[-_.]", Path(file).name)[0], Path(file).parent.name
         split = next((start for start in starts if start in ("train", *TEST_SPLITS)), "train")
         splits.setdefault(split, []).append(file)
     return splits

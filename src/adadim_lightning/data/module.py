@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -100,7 +100,7 @@ class ImageData(LightningDataModule):
         source = self.train if isinstance(self.train, ImageSet) else self.test
         if source is None:
             # Filling a buffer to shuffle would take long.
-            in_order: Iterable[Any] = getattr(self.train, "in_order", self.train)
+            in_order = cast(Iterable[Any], getattr(self.train, "in_order", self.train))
             images, labels = default_collate(list(islice(in_order, count)))
             return images, labels
         images, labels = source.__getitems__(range(min(count, len(source))))

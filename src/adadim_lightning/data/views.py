@@ -28,7 +28,8 @@ class TwoViews(nn.Module):
         mean: mean of each channel in ``[0, 1]``, subtracted after them.
         std: standard deviation of each channel, divided by after that.
         size: side of the views; None is that of the images.
-        second: what the second view does otherwise: parameters that replace those of the recipe, name by name.
+        second: what the second view does otherwise: parameters that replace those of the recipe, name by name;
+            null for what it leaves out.
         backend: ``"kornia"``: whole batches, on the device; ``"torchvision"``: one image at a time, in the
             processes that load, from the image as it was before it was scaled.
 
@@ -66,12 +67,18 @@ class TwoViews(nn.Module):
         self.on_host = backend == "torchvision"
         self._recipes = _recipe_of_each_view(augmentations, second or {})
         # Modules of one's own move with this one; kornia's have nothing that could move.
-        self.own = nn.ModuleList(x for recipe in self._recipes for x in recipe.values() if isinstance(x, nn.Module))
+        self.own = nn.ModuleList(
+            x for recipe in self._recipes for x in recipe.values() if isinstance(x, nn.Module)
+        )
+        # One's own may cut too.
+        self._crops = any(key == "crop" or isinstance(x, nn.Module) for key, x in self._recipes[0].items())
         self._built: dict[Size, list[tuple[nn.Module, nn.Module]]] = {}
         self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
         if len(self.mean) != len(self.std):
-            raise ValueError(f"mean and std must have one entry a channel, got {len(self.mean)} and {len(self.std)}")
+            raise ValueError(
+                f"mean and std must have one entry a channel, got {len(self.mean)} and {len(self.std)}"
+            )
         self.pipelines((8, 8))  # mistakes in the recipe are found here
 
     def pipelines(self, size: Size) -> list[tuple[nn.Module, nn.Module]]:
@@ -106,7 +113,8 @@ class TwoViews(nn.Module):
         if self.on_host:
             views = [self.of_one(image) for image in images]
             return torch.stack([view1 for view1, _ in views]), torch.stack([view2 for _, view2 in views])
-        pixels = images.float() / 255
+        self._follow(images)
+        pixels = self._fit(images).float() / 255
         both = torch.cat([pixels, pixels])
         for module1, module2 in self.pipelines(self._size_of(images)):
             if module1 is module2:
@@ -127,15 +135,15 @@ class TwoViews(nn.Module):
         Returns:
             Two tensors ``(C, S, S)``, float32, normalized.
         """
+        image = self._fit(image)
         views = [image, image]
         for step in self.pipelines(self._size_of(image)):
             views = [
                 module(view / 255 if view.dtype == torch.uint8 and _needs_floats(module) else view)
                 for module, view in zip(step, views, strict=True)
             ]
-        view1, view2 = (
-            self._normalize(view / 255 if view.dtype == torch.uint8 else view.clamp(0, 1)) for view in views
-        )
+        # Not clamped: on the device noise goes beyond black and white too.
+        view1, view2 = (self._normalize(view / 255 if view.dtype == torch.uint8 else view) for view in views)
         return view1, view2
 
     @torch.no_grad()
@@ -150,14 +158,23 @@ class TwoViews(nn.Module):
         """
         size = self._size_of(images)
         if images.shape[-2:] != size:
-            if min(images.shape[-2:]) < min(size):
-                images = resize(images, list(size), antialias=True)
+            if min(images.shape[-2:]) < size[0]:
+                images = resize(images, [size[0]], antialias=True)
             images = center_crop(images, list(size))
         return self._normalize(images.float() / 255)
 
+    def _fit(self, images: Tensor) -> Tensor:
+        """The images at the size of the views, where no step of the recipe sees to that."""
+        if self.size is None or self._crops or images.shape[-2:] == (self.size, self.size):
+            return images
+        return center_crop(resize(images, [self.size], antialias=True), [self.size, self.size])
+
+    def _follow(self, images: Tensor) -> None:
+        if self.mean.device != images.device:
+            self.to(images.device)
+
     def _normalize(self, pixels: Tensor) -> Tensor:
-        if self.mean.device != pixels.device:
-            self.to(pixels.device)
+        self._follow(pixels)
         if len(self.mean) not in (1, pixels.shape[-3]):
             raise ValueError(
                 f"mean and std have {len(self.mean)} channels but the images {pixels.shape[-3]}: set data.channels, "
@@ -173,9 +190,9 @@ def _recipe_of_each_view(first: Recipe, changes: Recipe) -> tuple[Recipe, Recipe
             raise ValueError(f"second changes {name!r}, which is not in the recipe: {', '.join(first)}")
     second = {}
     for name, value in first.items():
-        change = changes.get(name)
+        change = changes.get(name, value)
         both = isinstance(value, Mapping) and isinstance(change, Mapping)
-        second[name] = {**value, **change} if both else value if change is None else change  # type: ignore[dict-item]
+        second[name] = {**value, **change} if both else nn.Identity() if change is None else change  # type: ignore[dict-item]
     return first, second
 
 
@@ -186,10 +203,15 @@ def _build(name: str, value: Any, size: Size, on_host: bool) -> nn.Module:
     if make is None:
         raise ValueError(f"there is no augmentation {name!r}{_nearest(name, AUGMENTATIONS)}")
     known = [x for x in inspect.signature(make).parameters if x != "size"]
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must give its parameters by name ({', '.join(known)}), got {value!r}")
     for parameter in value:
         if parameter not in known:
             raise ValueError(f"{name} has no parameter {parameter!r}{_nearest(parameter, known)}")
-    return make(size, **value)[on_host]
+    try:
+        return make(size, **value)[on_host]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _nearest(wrong: str, names: Any) -> str:
