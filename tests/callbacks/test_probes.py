@@ -214,3 +214,12 @@ def test_labels_follow_the_views_where_each_view_has_a_call_of_its_own() -> None
     kept = torch.cat([labels for _, labels in probe.state_dict()["bank"]])
     assert torch.equal(kept, torch.cat([torch.cat([y, y]) for _, y in data]))
     assert 0 <= float(used.callback_metrics["probe/knn_top1"]) <= 1
+
+
+def test_without_a_labeled_row_among_the_recent_ones_the_knn_probe_waits() -> None:
+    batches = fixed_batches(2)
+    batches.dataset.labels.fill_(-1)  # type: ignore[attr-defined]
+    recorder = Recorder()
+    fit(tiny_module(), (batches, held_out()), OnlineKNN("backbone"), recorder)
+    assert "probe/knn_top1" not in recorder.logged[-1]
+    assert "loss/total" in recorder.logged[-1]

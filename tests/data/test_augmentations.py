@@ -284,7 +284,7 @@ def composed() -> Iterator[Any]:
 def test_both_backends_have_the_same_effect(name: str, channels: int, composed: Any) -> None:
     if channels == 1 and name not in ALSO_GREY:
         pytest.skip("meant for colors")
-    size, count = 16, 500
+    size, count = 16, 300
     image = photo(channels, size)
     results = []
     for backend in ("kornia", "torchvision"):
@@ -295,15 +295,15 @@ def test_both_backends_have_the_same_effect(name: str, channels: int, composed: 
         error = math.sqrt(sum(float(x.var()) / count for x in means))
         # Mean and spread of brightness among the views, up to sampling error and the border of a blur or a tilt.
         assert float(means[0].mean()) == pytest.approx(float(means[1].mean()), abs=4 * error + 0.005)
-        assert float(means[0].std()) == pytest.approx(float(means[1].std()), rel=0.12)
+        assert float(means[0].std()) == pytest.approx(float(means[1].std()), rel=0.15)
         # Contrast within a view, and sharpness: differences of neighbors.
         contrast = [float(view.std(dim=(2, 3)).mean()) for view in (device_view, host_view)]
         assert contrast[0] == pytest.approx(contrast[1], rel=0.08)
         sharpness = [float(view.diff(dim=-1).abs().mean()) for view in (device_view, host_view)]
         assert sharpness[0] == pytest.approx(sharpness[1], rel=0.12)
-        # The average picture: flips, crops and moves go the same way.
+        # The average picture: flips, crops and moves go the same way (kornia cuts half a pixel closer).
         mean_images = [view.mean(dim=0) for view in (device_view, host_view)]
-        assert float((mean_images[0] - mean_images[1]).abs().max()) < 0.06
+        assert float((mean_images[0] - mean_images[1]).abs().max()) < 0.08
 
 
 @pytest.mark.parametrize("backend", ["kornia", "torchvision"])

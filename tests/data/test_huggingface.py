@@ -2,10 +2,13 @@
 
 import io
 import logging
+import pickle
 import socket
 import sys
 import tarfile
 import zipfile
+from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +414,16 @@ def test_damaged_images_of_a_stream_are_counted_in_each_epoch(tmp_path) -> None:
     tight = stream(tmp_path, shuffle_buffer=1, max_unreadable=1, num_workers=1)
     with pytest.raises(UnreadableImagesError, match=r"^2 images of the stream cannot be read, more than .*=1"):
         list(tight.train_dataloader())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_can_be_sent_to_a_worker(streaming: bool, tmp_path) -> None:
+    data = load(splits(tmp_path / "d"), streaming=streaming, shuffle_buffer=1, in_memory=False)
+    loader = data.train_dataloader()
+    train, collate = pickle.loads(ForkingPickler.dumps((loader.dataset, loader.collate_fn)))
+    images, labels = collate(list(islice(train, 3)) if streaming else train.__getitems__([0, 1, 2]))
+    assert labels.tolist() == [0, 1, 0] or streaming  # whose files are shuffled
+    assert images.shape == (3, 3, 12, 12)
 
 
 def test_a_stream_trains(tmp_path) -> None:

@@ -1,9 +1,11 @@
 """Decoding of sound and broken files, and sets of images in memory and on disk."""
 
 import multiprocessing
+import pickle
 import struct
 import warnings
 import zlib
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +290,10 @@ def test_workers_count_together_what_they_cannot_read(tmp_path) -> None:
     assert "3 of 16" in str(images.news_of_unreadable())
 
 
-@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports for seconds
+@pytest.mark.parametrize(
+    ("context", "workers"),
+    [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)],  # a spawned one imports all anew
+)
 def test_the_limit_in_a_worker_comes_through_as_one_line(context: str, workers: int, tmp_path) -> None:
     if context not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {context} here")
@@ -301,6 +306,19 @@ def test_the_limit_in_a_worker_comes_through_as_one_line(context: str, workers: 
     assert "006.png" in message
     assert "\n" not in message
     assert int(images.unreadable.sum()) == 2  # the process that asked knows
+
+
+def test_a_set_that_is_sent_to_a_worker_counts_in_the_memory_of_the_first(tmp_path) -> None:
+    files = some_files(tmp_path, 4, broken=(2,))
+    for images in (
+        ImageFiles(files, image_size=12),
+        ImageFiles(files.__getitem__, torch.arange(4), image_size=12),
+    ):
+        part = images.subset([3, 2])
+        sent = pickle.loads(ForkingPickler.dumps(part))  # as a spawned worker gets it
+        assert np.array_equal(sent[0][0].permute(1, 2, 0).numpy(), pixels(3))
+        assert sent[1][1] == -1
+        assert part.unreadable.tolist() == [False, True]
 
 
 def test_sizes_that_differ_come_out_of_a_worker_as_one_line(tmp_path) -> None:

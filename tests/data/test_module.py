@@ -1,7 +1,9 @@
 """The data module: who makes the views, what reaches the model, how it speaks of its data."""
 
 import os
+import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +129,20 @@ def test_a_fit_on_files_through_workers(backend: str, tmp_path) -> None:
         trainer = fit(tiny_module(), data, seen, max_epochs=2)
     assert sum("cannot be read" in str(x.message) for x in caught) == 1
     assert trainer.global_step == 6
-    (view1, view2), labels = seen.batches[0]
+    (view1, view2), _ = seen.batches[0]
     assert view1.shape == view2.shape == (4, 1, 8, 8)
     assert view1.dtype == torch.float32
     every = torch.cat([labels for _, labels in seen.batches])
     assert sorted(every.tolist()) == [-1] * 2 + [0] * 12 + [1] * 10
+
+
+@pytest.mark.parametrize("backend", ["kornia", "torchvision"])
+def test_views_can_be_sent_to_a_worker(backend: str) -> None:
+    host = TwoViews(RECIPE, mean=[0.5] * 3, std=[0.5] * 3, backend=backend)
+    loader = ImageData(memory(), None, views=host, batch_size=4, num_workers=1).train_dataloader()
+    train, collate = pickle.loads(ForkingPickler.dumps((loader.dataset, loader.collate_fn)))
+    (view1, view2), _ = collate(train.__getitems__([0, 1]) if backend == "kornia" else [train[0], train[1]])
+    assert view1.shape == view2.shape == (2, 3, 12, 12)
 
 
 def test_a_fit_without_labels_has_no_validation() -> None:

@@ -131,16 +131,22 @@ def test_cifar_from_its_pickles(name: str, count: int, classes: int, tmp_path, m
     assert data.train.images.is_contiguous()
 
 
-def test_svhn_from_its_matlab_files(tmp_path, monkeypatch) -> None:
+def svhn(root: Path, monkeypatch) -> dict[str, list[np.ndarray]]:
+    """The matrices of Matlab, and their checksums."""
     images = {split: [pixels(i, 32, 32) for i in range(n)] for split, n in (("train", 5), ("test", 3))}
     listed = {}
     for split, several in images.items():
-        path = tmp_path / f"{split}_32x32.mat"
+        path = root / f"{split}_32x32.mat"
         labels = np.arange(1, len(several) + 1, dtype=np.uint8)[:, None]
         labels[0] = 10  # a zero
         savemat(path, {"X": np.stack(several, axis=-1), "y": labels})
         listed[split] = ["unused", path.name, md5(path)]
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", listed)
+    return images
+
+
+def test_svhn_from_its_matlab_files(tmp_path, monkeypatch) -> None:
+    images = svhn(tmp_path, monkeypatch)
     data = load("SVHN", tmp_path, train={"split": "train"}, test={"split": "test"})
     assert data.test is not None
     assert data.train.labels.tolist() == [0, 2, 3, 4, 5]

@@ -391,6 +391,7 @@ class OnlineKNN(OnlineProbe):
         self.bank_size = bank_size
         self.accuracy: KNNAccuracy = KNNAccuracy(k=k, temperature=temperature)
         self._bank: list[tuple[Tensor, Tensor]] = []
+        self._has_neighbors = True  # False where no recent row has a label
 
     def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         """Keep the rows of this step, and let go of the oldest."""
@@ -410,11 +411,14 @@ class OnlineKNN(OnlineProbe):
             if self.train_loader is None:  # each process has seen rows of its own
                 r, column = gather_rows(r, labels[:, None].to(r.dtype))
                 labels = column[:, 0].long()
-            self.accuracy = self.accuracy.to(r.device)
-            self.accuracy.set_bank(r[labels >= 0], labels[labels >= 0])
+            known = labels >= 0
+            self._has_neighbors = bool(known.any())
+            if self._has_neighbors:
+                self.accuracy = self.accuracy.to(r.device)
+                self.accuracy.set_bank(r[known], labels[known])
 
     def _ready(self) -> bool:
-        return bool(self._bank)
+        return bool(self._bank) and self._has_neighbors
 
     def _score(self, r: Tensor, labels: Tensor) -> None:
         self.accuracy.update(r, labels)

@@ -210,16 +210,16 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         >>> short_names([Path("a/run/checkpoints/last.ckpt"), Path("b/run/checkpoints/last.ckpt")])
         ['a/run', 'b/run']
     """
-    runs = [path.absolute().parent.parent for path in paths if path.parent.name == "checkpoints"]
-    parts = []
-    for path in (path.absolute() for path in paths):
-        in_run = path.parent.name == "checkpoints"
-        folder = path.parent.parent if in_run else path.parent
-        parts.append(folder.parts if in_run and runs.count(folder) == 1 else (*folder.parts, path.stem))
-    names = []
-    for path, own in zip(paths, parts, strict=True):
-        size = 2 if path.parent.name == "checkpoints" and own[-1] == path.stem else 1
-        while size < len(own) and sum(other[-size:] == own[-size:] for other in parts) > 1:
+    files = [path.absolute() for path in paths]
+    folders = [x.parent.parent if x.parent.name == "checkpoints" else x.with_suffix("") for x in files]
+
+    def name(folder: Path) -> str:
+        size = 1
+        while sum(other.parts[-size:] == folder.parts[-size:] for other in set(folders)) > 1:
             size += 1
-        names.append("/".join(own[-size:]))
-    return names
+        return "/".join(folder.parts[-size:])
+
+    return [
+        name(folder) + (f"/{file.stem}" if folders.count(folder) > 1 else "")
+        for folder, file in zip(folders, files, strict=True)
+    ]

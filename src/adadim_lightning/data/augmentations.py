@@ -115,8 +115,8 @@ class Solarize(kornia.RandomSolarize):
 class Sometimes(nn.Module):
     """Applies an augmentation of kornia to each image with a probability.
 
-    On a CPU the chosen images alone are augmented, in place; kornia augments all and chooses afterwards. On a GPU that
-    is the better way, since it waits for nothing, and is left to kornia.
+    On a CPU the chosen images alone are augmented, in place; kornia augments all and chooses afterwards. On a GPU
+    that is the better way, since it waits for nothing, and is left to kornia.
 
     Args:
         make: makes the augmentation for a probability.
@@ -226,7 +226,7 @@ def blur(size: Size, *, sigma: Range = (0.1, 2.0), p: float = 0.5) -> tuple[nn.M
     kernel = tuple(_odd(side // 10) for side in size)
     return (
         Sometimes(
-            lambda p: kornia.RandomGaussianBlur(kernel, tuple(sigma), separable=max(kernel) > 5, p=p),  # type: ignore[arg-type]
+            lambda p: kornia.RandomGaussianBlur(kernel, tuple(sigma), separable=max(kernel) > 5, p=p),
             p,
         ),
         _sometimes_on_host(v2.GaussianBlur(kernel[::-1], tuple(sigma)), p),

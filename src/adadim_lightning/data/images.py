@@ -337,7 +337,8 @@ class ImageFiles(ImageSet):
         return None if self.image_size is None else 2 * self.image_size
 
     def _square(self, image: Image.Image) -> Tensor:
-        return pil_to_tensor(image if self.image_size is None else fit_square(image, self.image_size))
+        pixels: Tensor = pil_to_tensor(image if self.image_size is None else fit_square(image, self.image_size))
+        return pixels
 
     @no_warnings()
     def __getitems__(self, indices: Sequence[int]) -> Batch:

@@ -70,8 +70,10 @@ class ImageData(LightningDataModule):
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None without labels."""
-        return next(
-            (x.num_classes for x in (self.test, self.train) if isinstance(x, ImageSet) and x.num_classes), None
+        # Either part may lack an image of the last class.
+        return (
+            max((x.num_classes or 0 for x in (self.train, self.test) if isinstance(x, ImageSet)), default=0)
+            or None
         )
 
     @property

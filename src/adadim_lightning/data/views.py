@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandomApply
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from adadim_lightning.data.augmentations import AUGMENTATIONS, Size
@@ -167,7 +168,8 @@ class TwoViews(nn.Module):
         """The images at the size of the views, where no step of the recipe sees to that."""
         if self.size is None or self._crops or images.shape[-2:] == (self.size, self.size):
             return images
-        return center_crop(resize(images, [self.size], antialias=True), [self.size, self.size])
+        square: Tensor = center_crop(resize(images, [self.size], antialias=True), [self.size, self.size])
+        return square
 
     def _follow(self, images: Tensor) -> None:
         if self.mean.device != images.device:
@@ -177,8 +179,8 @@ class TwoViews(nn.Module):
         self._follow(pixels)
         if len(self.mean) not in (1, pixels.shape[-3]):
             raise ValueError(
-                f"mean and std have {len(self.mean)} channels but the images {pixels.shape[-3]}: set data.channels, "
-                "or data.mean and data.std"
+                f"mean and std have {len(self.mean)} channels but the images {pixels.shape[-3]}: set "
+                "data.channels, or data.mean and data.std"
             )
         return (pixels - self.mean) / self.std
 
@@ -221,7 +223,7 @@ def _nearest(wrong: str, names: Any) -> str:
 
 def _needs_floats(module: nn.Module) -> bool:
     """Whether a step of torchvision's works on floats in ``[0, 1]``: noise, solarization, and one's own."""
-    inner = module.transforms[0] if type(module).__name__ == "RandomApply" else module
+    inner = module.transforms[0] if isinstance(module, RandomApply) else module
     return type(inner).__name__ in ("GaussianNoise", "RandomSolarize") or not type(inner).__module__.startswith(
         "torchvision."
     )

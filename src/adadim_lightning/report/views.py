@@ -8,6 +8,7 @@ from torch import Tensor
 from adadim_lightning.data.views import TwoViews
 
 PAIRS = 3
+GAP = 0.12  # of a picture, before each pair
 
 
 def draw_views(views: TwoViews, images: Tensor) -> Any:
@@ -27,10 +28,14 @@ def draw_views(views: TwoViews, images: Tensor) -> Any:
     for pair in range(1, PAIRS + 1):
         first, second = views(images)
         columns += [(f"pair {pair}\nview 1", first), (f"pair {pair}\nview 2", second)]
-    figure = Figure(figsize=(1.15 * len(columns), 1.1 * len(images) + 0.6), layout="constrained")
+    widths = [1.0] + [GAP, 1.0, 1.0] * PAIRS
+    figure = Figure(figsize=(1.15 * sum(widths), 1.1 * len(images) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns):
+    axes = figure.subplots(len(images), len(widths), squeeze=False, width_ratios=widths)
+    for gap in (axes[row][column] for row in range(len(images)) for column in range(1, len(widths), 3)):
+        gap.set_axis_off()
+    places = [column for column in range(len(widths)) if widths[column] == 1]
+    for column, (title, pictures) in zip(places, columns, strict=True):
         for row, picture in enumerate(pictures):
             cell = axes[row][column]
             pixels = (picture.cpu() * views.std.cpu() + views.mean.cpu()).clamp(0, 1)
