@@ -2,18 +2,19 @@
 
 Run it by ``uv run python benchmarks/throughput.py [--backbone NAME] [--json FILE]``.
 
-All sides train the same backbone and head on the same uint8 images, 32 x 32, in memory, with the same batch size, the
-same augmentation operations and probabilities, the same optimizer, through Lightning's Trainer:
+All sides train the same backbone and head on the same uint8 images, 32 x 32, in memory, with the same batch size,
+the same augmentation operations and probabilities, the same optimizer, through Lightning's Trainer:
 
 - lightly: its VICRegTransform on Pillow images in a DataLoader with workers, its VICRegLoss;
 - ours: batches of uint8, kornia's views in whole batches, AdaDimLoss with all its parts (VICReg, NT-Xent, I(R;Z));
 - host: the same with torchvision's views, one image at a time in the workers.
 
-They take turns, and the rate is the median over the rounds; the ratio is what counts, machines differ. On a GPU the
-bare forward and backward pass without data is measured too.
+They take turns, and the rate is the median over the rounds; the ratio is what counts, machines differ. On a GPU
+the bare forward and backward pass without data is measured too.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -57,7 +58,7 @@ def small_backbone() -> nn.Module:
     """Three strided convolutions: what is left to do is to make views."""
     layers: list[nn.Module] = []
     widths = (3, 16, 32, 64)
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -112,7 +113,9 @@ class Clock(Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx + 1 == WARM_UP:
             self.start = self.now()
         elif batch_idx + 1 == trainer.num_training_batches:
@@ -235,7 +238,7 @@ class Bench:
             total.backward()
             times.append(clock.now())
             if step >= 3:
-                for name, start, end in zip(names, times, times[1:], strict=False):
+                for name, (start, end) in zip(names, itertools.pairwise(times), strict=True):
                     spent[name].append(1000 * (end - start))
         return {name: median(values) for name, values in spent.items()}
 
@@ -259,13 +262,14 @@ def main() -> None:
     typical = {side: median(values) for side, values in rates.items()}
     stages = bench.stages()
     ratio = typical["ours"] / typical["lightly"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     goal = 3.0 if torch.cuda.is_available() else GOALS.get(options.backbone)
 
     console = Console(width=80)
     console.print(
-        f"{options.backbone}, batches of {options.batch_size} images of {SIZE} x {SIZE}, {options.workers} workers, "
-        f"{options.precision}, on {device}"
+        f"{options.backbone}, batches of {options.batch_size} images of {SIZE} x {SIZE}, "
+        f"{options.workers} workers, {options.precision}, on {device}"
     )
     table = Table(show_edge=False)
     for column in ("", "images/s", "of lightly's"):
@@ -282,7 +286,7 @@ def main() -> None:
             "command": f"python benchmarks/throughput.py --backbone {options.backbone}",
             "device": device,
             "machine": platform.machine(),
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__, "lightly": lightly.__version__},
+            "versions": {x.__name__: x.__version__ for x in (torch, lightning, lightly)},
             "options": {key: value for key, value in vars(options).items() if key != "json"},
             "images_per_second": rates,
             "median": typical,

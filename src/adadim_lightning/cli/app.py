@@ -1,9 +1,11 @@
 """What all commands share: Hydra around a task, and one line instead of a traceback."""
 
 import difflib
+import glob
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +34,7 @@ EVAL_DATA = {key: f"${{data.{key}}}" for key in ("image_size", "channels", "mean
 
 
 def offer_eval_data() -> None:
-    """Make every option of the group ``data`` one of ``eval_data`` too, at the size and in the colors of ``data``."""
+    """Make every option of ``data`` one of ``eval_data`` too, at the size and in the colors of ``data``."""
     store = ConfigStore.instance()
     root = config_dir() / "data"
     for path in sorted(root.rglob("*.yaml")):
@@ -40,7 +42,8 @@ def offer_eval_data() -> None:
         assert isinstance(node, DictConfig)
         node.pop("defaults", None)  # of views and backbone there is one, that of data
         group = "/".join(("eval_data", *path.relative_to(root).parts[:-1]))
-        store.store(group=group, name=path.stem, node=OmegaConf.merge(node, EVAL_DATA), provider="adadim-lightning")
+        node = OmegaConf.merge(node, EVAL_DATA)
+        store.store(group=group, name=path.stem, node=node, provider="adadim-lightning")
 
 
 def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -> None:
@@ -59,6 +62,9 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
     def quiet_task(config: DictConfig) -> Any:
         # Processes that the task starts see the user's own setting.
         _set_environment(FULL_ERROR, wanted)
+        usual = warnings.formatwarning
+        if wanted != "1":
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             return task(config)
         except Exception as error:
@@ -67,6 +73,7 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
                 raise
             _fail(command, error)
         finally:
+            warnings.formatwarning = usual
             os.environ[FULL_ERROR] = "1"
 
     offer_eval_data()
@@ -105,6 +112,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
+        # An option may lie deeper, as data=medmnist/retina does.
+        folder = config_dir() / ("data" if group == "eval_data" else group)
+        deeper = next(folder.glob(f"*/{glob.escape(option)}.yaml"), None)
+        if deeper is not None:
+            meant = str(deeper.relative_to(folder).with_suffix(""))
+            return f"{group} has no option {option!r}; did you mean {meant!r}?"
         return f"{group or 'the configuration'} has no option {option!r}{_nearest(option, shown)}"
     for candidate in (error, cause):
         if isinstance(candidate, OmegaConfBaseException) and candidate.parent_node is not None:
@@ -130,6 +143,8 @@ def _is_output(path: str) -> bool:
 def _message(error: BaseException) -> str:
     """What an error says, with its type where only that tells what kind of thing went wrong."""
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if "mismatched input '='" in message:
+        message += "; quote a value that holds an equals sign, as in 'ckpt=\"epoch=1.ckpt\"'"
     plain = (ValueError, RuntimeError, hydra.errors.HydraException, OmegaConfBaseException)
     # Lightning's own error for a wrong setting; importing it here would cost seconds.
     if isinstance(error, plain) or type(error).__name__ == "MisconfigurationException":

@@ -143,7 +143,8 @@ class Sometimes(nn.Module):
 
 
 def _sometimes_on_host(transform: nn.Module, p: float) -> nn.Module:
-    return v2.RandomApply([transform], p=p)
+    sometimes: nn.Module = v2.RandomApply([transform], p=p)
+    return sometimes
 
 
 def _around_one(strength: float) -> tuple[float, float]:

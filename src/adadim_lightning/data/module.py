@@ -1,5 +1,6 @@
 """The LightningDataModule: two views of each training image, clean held-out images."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from adadim_lightning.functional._numeric import check_integer
 
 MOST_ON_DEVICE = 8 * 2**30
 EVALUATION_BATCH = 512
+EVALUATION_PIXELS = 64 * 224**2  # of a batch; without gradients, yet on any machine
 
 
 class ImageData(LightningDataModule):
@@ -89,7 +91,8 @@ class ImageData(LightningDataModule):
         kind = "grey" if channels == 1 else "RGB"
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         held_out = f"; {len(self.test):,} held out" if self.test is not None else ""
-        where = "in memory" if isinstance(self.train, MemoryImages) else f"decoded by {self.num_workers} workers"
+        workers = f"by {self.num_workers} workers" if self.num_workers else "in this process"
+        where = "in memory" if isinstance(self.train, MemoryImages) else f"decoded {workers}"
         return f"{self.title}: {size} images, {kind}, {height} x {width}, {classes}{held_out}; {where}"
 
     @property
@@ -152,7 +155,7 @@ class ImageData(LightningDataModule):
         """
         return self._loader(
             images,
-            max(self.batch_size, EVALUATION_BATCH),
+            max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(self.image_shape[1:]))),
             collate_fn=_Collate(self.views.clean if clean else None),
         )
 
