@@ -48,7 +48,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "p": 0.8},
     "grayscale": {"p": 0.2},
     "solarize": {"threshold": 0.5, "p": 0.1},
-    "blur": {"sigma": (0.2, 2.0), "p": 0.5},
+    "blur": {"sigma": (0.1, 2.0), "p": 0.5},
 }
 GOALS = {"small": 3.0, "resnet18": 1.1}
 WARM_UP = 8  # batches; more than the workers have ready when training begins
