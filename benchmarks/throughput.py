@@ -6,7 +6,8 @@ All sides train the same backbone and head on the same uint8 images, 32 x 32, in
 the same augmentation operations and probabilities, the same optimizer, through Lightning's Trainer:
 
 - lightly: its VICRegTransform on Pillow images in a DataLoader with workers, its VICRegLoss;
-- ours: batches of uint8, kornia's views in whole batches, AdaDimLoss with all its parts (VICReg, NT-Xent, I(R;Z));
+- ours: batches of uint8, kornia's views in whole batches, no workers, channels_last as adadim-train has it,
+  AdaDimLoss with all its parts (VICReg, NT-Xent, I(R;Z));
 - host: the same with torchvision's views, one image at a time in the workers.
 
 They take turns, and the rate is the median over the rounds; the ratio is what counts, machines differ. On a GPU
@@ -180,13 +181,14 @@ class Bench:
             None,
             views=self.views(backend),
             batch_size=self.options.batch_size,
-            num_workers=self.options.workers,
+            # Left alone, images in memory need no workers.
+            num_workers=self.options.workers if backend == "torchvision" else None,
         )
         module = AdaDimModule(
             *self.model(),
             AdaDimLoss(alpha=0.5),
             sgd,
-            channels_last=torch.cuda.is_available(),
+            channels_last=True,
         )
         return self._rate(module, datamodule=data)
 
@@ -200,7 +202,7 @@ class Bench:
         """Forward, objective and backward on one batch that lies on the device."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone, head = (x.to(device) for x in self.model())
-        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5), channels_last=device.type == "cuda")
+        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5), channels_last=True)
         optimizer = sgd(module.parameters())
         views = torch.randn(2 * self.options.batch_size, 3, SIZE, SIZE, device=device)
         clock = Clock()
@@ -219,7 +221,7 @@ class Bench:
         """Milliseconds of each stage for one batch, one after another, in this process."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone, head = (x.to(device) for x in self.model())
-        loss = AdaDimLoss(alpha=0.5).to(device)
+        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5), channels_last=True).to(device)
         source, size = MemoryImages(self.images.to(device)), self.options.batch_size
         two_views, clock = self.views("kornia"), Clock()
         names = ("load", "views", "forward", "objective", "backward")
@@ -230,10 +232,10 @@ class Bench:
             times.append(clock.now())
             view1, view2 = two_views(images)
             times.append(clock.now())
-            r1, r2 = backbone(torch.cat([view1, view2])).chunk(2)
-            z1, z2 = head(torch.cat([r1, r2])).chunk(2)
+            r1, r2 = module(torch.cat([view1, view2])).chunk(2)
+            z1, z2 = module.projection_head(torch.cat([r1, r2])).chunk(2)
             times.append(clock.now())
-            total = loss(r1, r2, z1, z2).total
+            total = module.objective(r1, r2, z1, z2).total
             times.append(clock.now())
             total.backward()
             times.append(clock.now())
@@ -249,7 +251,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=40, help="timed batches of a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="processes that load, on all sides")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load, for lightly and host")
     parser.add_argument("--precision", default="bf16-mixed" if torch.cuda.is_available() else "32-true")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()

@@ -36,7 +36,8 @@ class AdaDimModule(LightningModule):
         optimizer: takes parameter groups; AdamW by default. Biases and norms are in a group without weight
             decay.
         lr_schedule: takes the optimizer and the number of steps, and is stepped after each; none by default.
-        channels_last: keep images and weights of the backbone in the memory format that GPUs prefer.
+        channels_last: keep images and weights of the backbone in the memory format in which most convolutions are
+            faster.
 
     Example:
         >>> module = AdaDimModule(torch.nn.Flatten(), torch.nn.Linear(12, 8))

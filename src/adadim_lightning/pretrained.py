@@ -207,7 +207,7 @@ class Transform:
         from PIL import Image, ImageOps
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        from adadim_lightning.data.images import decode
+        from adadim_lightning.data.decoding import decode
 
         size = (self.width, self.height)
         decoded = decode(image, channels=self.channels, at_least=2 * max(size))

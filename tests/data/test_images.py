@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from adadim_lightning.data import ImageFiles, MemoryImages, UnreadableImagesError
-from adadim_lightning.data.images import decode, fit_square, is_broken
+from adadim_lightning.data.decoding import decode, fit_square, is_broken
 from tests.data.pictures import encode, pixels, write
 
 

@@ -1,8 +1,6 @@
 """One training run: from a composed configuration to a run folder."""
 
 import copy
-import csv
-import json
 import logging
 import math
 import os
@@ -22,15 +20,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import carry_on_without_output
 from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
 from adadim_lightning.cli.build import make_data, say
+from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
@@ -39,8 +35,6 @@ from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
 from adadim_lightning.trust import check_targets
-
-Figures = dict[str, float]
 
 TERMINATED = 143  # as shells number a SIGTERM
 
@@ -59,25 +53,6 @@ TRAINER_INTEGERS = {
     "accumulate_grad_batches": 1,
     "check_val_every_n_epoch": 1,
     "log_every_n_steps": 1,
-}
-
-ROWS = {
-    "balance/alpha": "alpha",
-    "balance/beta": "beta",
-    "dynamics/ER_Z": "ER(Z)",
-    "dynamics/ER_R": "ER(R)",
-    "dynamics/H_R": "H(R) [nats]",
-    "dynamics/I_RZ": "I(R;Z) [nats]",
-    "loss/total": "loss",
-    "loss/decorrelation": "  decorrelation",
-    "loss/invariance": "    invariance",
-    "loss/variance": "    variance",
-    "loss/covariance": "    covariance",
-    "loss/uniformity": "  uniformity",
-    "loss/information": "  information",
-    "probe/linear_top1": "online linear probe",
-    "probe/knn_top1": "online kNN",
-    "throughput/images_per_second": "images/s",
 }
 
 
@@ -349,65 +324,3 @@ def _quieten() -> None:
         ".*The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def read_metrics(path: Path) -> tuple[Figures, Figures]:
-    """First and last value of each column of a ``metrics.csv``; both empty where there is no such file."""
-    first: Figures = {}
-    last: Figures = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for key, text in row.items():
-                    if text and key not in ("epoch", "step"):
-                        first.setdefault(key, float(text))
-                        last[key] = float(text)
-    return first, last
-
-
-@rank_zero_only
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write ``summary.json`` whole or not at all; JSON has no NaN, so that becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in summary.items()
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(finite, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-@rank_zero_only
-def print_report(
-    folder: Path, first: Figures, last: Figures, evaluation: Figures, *, missing: str | None = None
-) -> None:
-    """Print what the run did, on one screen, and name an optimized metric that was not logged."""
-    console = Console(highlight=False)
-    table = Table(title="Training", title_justify="left", show_edge=False)
-    table.add_column("")
-    table.add_column("first epoch", justify="right")
-    table.add_column("last epoch", justify="right")
-    for key, label in ROWS.items():
-        if key in last:
-            table.add_row(escape(label), _figure(first[key]), _figure(last[key]))
-    console.print(table)
-    if evaluation:
-        table = Table(title="Held-out accuracy of frozen features", title_justify="left", show_edge=False)
-        table.add_column("")
-        columns = {"raw": "raw pixels", "untrained": "untrained backbone", "trained": "trained backbone"}
-        names = [name for name in columns if f"evaluation/{name}_knn_top1" in evaluation]
-        for name in names:
-            table.add_column(columns[name], justify="right")
-        for key, label in (("linear_top1", "linear probe"), ("knn_top1", "kNN")):
-            scores = (evaluation[f"evaluation/{name}_{key}"] for name in names)
-            table.add_row(label, *(f"{score:.3f}" for score in scores))
-        console.print()
-        console.print(table)
-    if missing is not None:
-        console.print(f"\noptimized_metric {missing} was not logged", markup=False)
-    console.print(f"\nEverything is in {os.path.relpath(folder)}", soft_wrap=True)
-
-
-def _figure(value: float) -> str:
-    size = abs(value)
-    return f"{value:.3g}" if size >= 1e6 else f"{value:,.0f}" if size >= 100 else f"{value:.3f}"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adadim_lightning.data.images import ImageFiles, check_channels
+from adadim_lightning.data.decoding import check_channels
+from adadim_lightning.data.images import ImageFiles
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.splits import class_indices, hold_out, image_data
 

@@ -18,16 +18,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from adadim_lightning.data.images import (
-    UNLABELED,
-    Encoded,
-    ImageFiles,
-    UnreadableImagesError,
-    check_channels,
-    decode,
-    fit_square,
-    is_broken,
-)
+from adadim_lightning.data.decoding import Encoded, check_channels, decode, fit_square, is_broken
+from adadim_lightning.data.images import UNLABELED, ImageFiles, UnreadableImagesError
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.splits import hold_out, image_data
 from adadim_lightning.distributed import world_size

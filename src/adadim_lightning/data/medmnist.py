@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adadim_lightning.data.images import MemoryImages, check_channels
+from adadim_lightning.data.decoding import check_channels
+from adadim_lightning.data.images import MemoryImages
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.splits import load_or_download
 from adadim_lightning.extras import require

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torchvision.datasets
 
-from adadim_lightning.data.images import ImageFiles, ImageSet, MemoryImages, check_channels
+from adadim_lightning.data.decoding import check_channels
+from adadim_lightning.data.images import ImageFiles, ImageSet, MemoryImages
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.splits import hold_out, image_data, load_or_download
 
