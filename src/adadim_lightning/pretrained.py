@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adadim_lightning.data.views import TwoViews
 from adadim_lightning.models.backbones import representation_dim
 from adadim_lightning.trust import check_targets
+
+if TYPE_CHECKING:
+    from adadim_lightning.data.views import TwoViews
 
 KEY = "adadim"
 NEEDED = ("backbone", "head", "views", "data")
@@ -45,7 +47,7 @@ class Pretrained:
     path: Path
     backbone: nn.Module
     projection_head: nn.Module | None
-    views: TwoViews
+    views: "TwoViews"
     image_shape: tuple[int, int, int]
     config: dict[str, Any]
 

@@ -218,7 +218,7 @@ def test_labels_follow_the_views_where_each_view_has_a_call_of_its_own() -> None
 
 def test_without_a_labeled_row_among_the_recent_ones_the_knn_probe_waits() -> None:
     batches = fixed_batches(2)
-    batches.dataset.labels.fill_(-1)  # type: ignore[attr-defined]
+    batches.dataset.labels = torch.full((32,), -1)  # type: ignore[attr-defined]
     recorder = Recorder()
     fit(tiny_module(), (batches, held_out()), OnlineKNN("backbone"), recorder)
     assert "probe/knn_top1" not in recorder.logged[-1]

@@ -145,6 +145,7 @@ def test_channels_last_changes_the_format_and_no_figure(
     assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_parts_give_the_same_figures_and_an_ordinary_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,7 +227,7 @@ BAD_INPUT = {
     "optimizer.lr=1e30": "a NaN or infinity appeared in R, Z, the loss or its gradient at step 1",
     "+trainer.max_epoch=1": "trainer: there is no key 'max_epoch'; did you mean 'max_epochs'?",
     "+objectiv.gamma=1": "the configuration has no key 'objectiv'; did you mean 'objective'?",
-    "foo=1": "optimizer, run_dir, seed, trainer, views; add a new one by +foo=...",
+    "foo=1": "seed, show_views, trainer, trust, views; add a new one by +foo=...",
     "seed=x": "seed must be an integer >= 0, got 'x'",
     "trainer.max_epochs=abc": "trainer.max_epochs must be an integer >= 1, got 'abc'",
     "trainer.max_epochs=0": "trainer.max_epochs must be an integer >= 1, got 0",

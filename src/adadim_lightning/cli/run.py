@@ -28,7 +28,7 @@ from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
 from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
 from adadim_lightning.cli.versions import versions
-from adadim_lightning.data import ImageSet, TwoViews
+from adadim_lightning.data import ImageData, ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
 from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.models import representation_dim
@@ -180,7 +180,7 @@ class Run:
         check_targets(OmegaConf.to_container(config, resolve=True), list(config.get("trust") or ()))
         self.views = instantiate(config.views, _convert_="all")
         self.data = make_data(config.data, "data", self.views)
-        say(f"data       {self.data}")
+        say(_two_lines("data", self.data))
         if config.get("show_views"):
             self._draw_views()
             return False
@@ -193,6 +193,7 @@ class Run:
         if config.get("compile"):
             for part in (self.backbone, head):
                 part.compile()
+        objective = instantiate(config.objective, _convert_="all")
         callbacks = self._callbacks()
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [CSVLogger(str(self.folder), name="", version="")]
@@ -211,7 +212,7 @@ class Run:
         self.module = AdaDimModule(
             self.backbone,
             head,
-            instantiate(config.objective, _convert_="all"),
+            objective,
             self._optimizer(),
             instantiate(config.get("lr_schedule"), _convert_="all"),
             channels_last=bool(config.get("channels_last")),
@@ -219,7 +220,7 @@ class Run:
         self.module.origin = {
             "config": OmegaConf.to_container(config, resolve=True),
             "image_shape": list(image.shape),
-            "classes": None if self.data.num_classes is None else self.data.num_classes,
+            "classes": self.data.num_classes,
         }
         return True
 
@@ -235,10 +236,10 @@ class Run:
             )
             return [callback for callback in callbacks if callback not in probes]
         if data is not self.data:
-            say(f"eval_data  {data}")
+            say(_two_lines("eval_data", data))
             train, test = data.train, data.test
-            assert isinstance(train, ImageSet)
-            assert test is not None
+            if not isinstance(train, ImageSet) or test is None:
+                raise ValueError("probes cannot read a stream; set eval_data.streaming=false")
             for probe in probes:
                 probe.train_loader = data.loader(train, clean=True)
                 probe.val_loader = data.loader(test, clean=True)
@@ -293,6 +294,12 @@ class Run:
             train, test = (embed(backbone.to(device), data.loader(x), self.views.clean) for x in splits)
             self.evaluation[f"evaluation/{name}_linear_top1"] = linear_accuracy(train, test)
             self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
+
+
+def _two_lines(key: str, data: ImageData) -> str:
+    """What the data are, within 80 columns."""
+    title, _, details = str(data).partition(": ")
+    return f"{key:11}{title}\n{'':11}{details}"
 
 
 def best_precision(accelerator: str) -> str:
