@@ -72,7 +72,10 @@ def test_eval_data_brings_the_labels_for_probes(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, tmp_path / "run", *FOLDER, f"data.root={pictures}", "eval_data=digits") == 0
-    assert "eval_data  digits: 1,297 images, RGB, 16 x 16, 10 classes; 500 held out" in capsys.readouterr().out
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("eval_data  digits") + 1] == (
+        "1,297 images, RGB, 16 x 16, 10 classes; 500 held out; in memory"
+    )
     found = summary(tmp_path / "run")
     assert 0.1 < found["probe/linear_top1"] <= 1  # type: ignore[operator]
     # By hand, on the weights of the checkpoint.
