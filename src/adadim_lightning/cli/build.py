@@ -158,7 +158,8 @@ def _title(data: Mapping[str, Any]) -> str:
     """What data of a configuration are called, without loading them."""
     named = next((data[key] for key in ("title", "path", "name") if data.get(key)), None)
     root = data.get("root")
-    return str(named or (Path(root).name if root else data["_target_"].rpartition(".")[2]))
+    title = str(named or (Path(root).name if root else data["_target_"].rpartition(".")[2]))
+    return Path(title).name if len(Path(title).parts) > 2 else title  # a path, not a name of the hub
 
 
 def _foreign(config: DictConfig, trust: list[str], device: torch.device) -> Iterator[Subject]:
