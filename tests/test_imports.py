@@ -3,25 +3,38 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-def test_help_answers_without_torch() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("train", "objective: adadim, adadim_paper, simclr, vicreg"),
+        ("evaluate", "adadim-evaluate ckpt="),
+        ("embed", "adadim-embed ckpt="),
+        ("export", "torch_export"),
+    ],
+)
+def test_help_answers_without_torch(command: str, shown: str) -> None:
+    code = f"""
 import sys
-from adadim_lightning.cli.train import main
-sys.argv = ["adadim-train", "--help"]
+from adadim_lightning.cli.{command} import main
+sys.argv = ["adadim-{command}", "--help"]
 try:
     main()
 except SystemExit as end:
     assert not end.code
 print("torch" in sys.modules, "lightning" in sys.modules)
 """
-    lines = run_python(code).splitlines()
-    assert lines[-1] == "False False"
-    assert any("objective: adadim, adadim_paper, simclr, vicreg" in line for line in lines)
+    *lines, last = run_python(code).splitlines()
+    assert last == "False False"
+    assert any(shown in line for line in lines)
+    if command == "export":
+        assert max(map(len, lines)) <= 80
 
 
 def test_the_library_adds_nothing_heavy_to_lightning() -> None:

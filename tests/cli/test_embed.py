@@ -18,7 +18,6 @@ from adadim_lightning.cli import embed, train
 from adadim_lightning.pretrained import load_pretrained
 from tests.data.pictures import write
 from tests.helpers import all_digits
-from tests.test_imports import run_python
 
 CLASSES = {"ant": 12, "bee": 10, "cat": 8}
 BROKEN = "broken.png"
@@ -214,19 +213,3 @@ def test_several_models_are_refused(
     other.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
     assert run(monkeypatch, embed, f"ckpt=['{trained}',{other}]", f"out={tmp_path / 'x.npz'}") == 1
     assert "adadim-embed takes one model at a time, and ckpt means 2" in capsys.readouterr().err
-
-
-def test_help_answers_without_torch() -> None:
-    code = """
-import sys
-from adadim_lightning.cli.embed import main
-sys.argv = ["adadim-embed", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-print("torch" in sys.modules, "lightning" in sys.modules)
-"""
-    lines = run_python(code).splitlines()
-    assert lines[-1] == "False False"
-    assert any("adadim-embed ckpt=" in line for line in lines)

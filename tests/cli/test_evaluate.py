@@ -20,7 +20,6 @@ from sklearn.preprocessing import StandardScaler
 
 from adadim_lightning.cli import embed, evaluate, measure, train
 from tests.data.pictures import DATASETS, encode, pixels, write
-from tests.test_imports import run_python
 
 QUICK = ("probes=[knn,label_free]", "label_free.images=40", "label_free.views=2", "label_free.rows=60")
 ONE_EPOCH = ("trainer.max_epochs=1", "trainer.limit_val_batches=1")
@@ -470,19 +469,3 @@ def test_an_interrupt_leaves_the_older_figures(
         signal.signal(signal.SIGALRM, before)
     assert out.read_text() == "of yesterday"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_help_answers_without_torch() -> None:
-    code = """
-import sys
-from adadim_lightning.cli.evaluate import main
-sys.argv = ["adadim-evaluate", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-print("torch" in sys.modules, "lightning" in sys.modules)
-"""
-    lines = run_python(code).splitlines()
-    assert lines[-1] == "False False"
-    assert any("adadim-evaluate ckpt=" in line for line in lines)

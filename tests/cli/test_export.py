@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,21 +169,3 @@ def test_data_of_a_checkpoint_may_not_run_code(
     error = failure(monkeypatch, capsys, f"ckpt={altered(run, tmp_path / 'x.ckpt', data=data)}")
     assert "os.system is not trusted" in error
     assert not (tmp_path / "mark").exists()
-
-
-def test_help_answers_without_torch() -> None:
-    code = """
-import sys
-from adadim_lightning.cli.export import main
-sys.argv = ["adadim-export", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-print("torch" in sys.modules, "lightning" in sys.modules)
-"""
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    *help_lines, last = output.splitlines()
-    assert last == "False False"
-    assert max(map(len, help_lines)) <= 80
-    assert any("torch_export" in line for line in help_lines)

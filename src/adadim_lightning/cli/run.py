@@ -220,7 +220,6 @@ class Run:
         self.module.origin = {
             "config": OmegaConf.to_container(config, resolve=True),
             "image_shape": list(image.shape),
-            "classes": self.data.num_classes,
         }
         return True
 
