@@ -8,15 +8,16 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +27,10 @@ from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import carry_on_without_output
 from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
 from adadim_lightning.cli.build import make_data, say
+from adadim_lightning.cli.loggers import finish_loggers, make_loggers
+from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
+from adadim_lightning.cli.sweep import Job
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
@@ -34,12 +38,13 @@ from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
+from adadim_lightning.run_folder import read_summary, run_lock
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
 
 REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
-SWITCHES = ("channels_last", "compile", "show_views")
+SWITCHES = ("channels_last", "compile", "show_views", "resume")
 KEYS = {
     *REQUIRED,
     *SWITCHES,
@@ -56,13 +61,22 @@ TRAINER_INTEGERS = {
 }
 
 
-def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = ()) -> float | None:
+def train(
+    config: DictConfig,
+    *,
+    folder: str | Path,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    job: Job | None = None,
+) -> float | None:
     """Train as configured, evaluate, and leave everything in the run folder.
 
     Args:
         config: what ``conf/train.yaml`` composes to.
         folder: where to write; made if it does not exist.
         overrides: command line that led to the configuration, for the summary.
+        resume: go on with what the folder holds, from its last checkpoint; without one, begin.
+        job: the run's place in a sweep.
 
     Returns:
         Value of ``config.optimized_metric``, which a sweeper optimizes; None if it was not logged.
@@ -73,27 +87,44 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_unused(folder)
+    with hold(folder):
+        return _train(config, folder, list(overrides), resume, job)
+
+
+def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool, job: Job | None) -> float | None:
+    earlier = (read_summary(folder) or {}) if resume else {}
+    if earlier.get("status") == "ok":
+        say(f"{os.path.relpath(folder)} holds a finished run: nothing to do")
+        return earlier.get(str(earlier.get("optimized_metric")))
+    if not resume:
+        check_unused(folder)
     summary: dict[str, Any] = {
-        "status": "ok",
+        "status": "running",
         "error": None,
         "seed": config.get("seed"),
-        "overrides": list(overrides),
+        "epochs": earlier.get("epochs", 0),
+        "seconds": earlier.get("seconds", 0.0),
+        "overrides": overrides,
         "config": OmegaConf.to_container(config),
-        "run_id": uuid.uuid4().hex[:8],
+        "run_id": earlier.get("run_id") or uuid.uuid4().hex[:8],
         "versions": versions(),
         "optimized_metric": config.get("optimized_metric"),
     }
-    start = time.perf_counter()
-    run = Run(config, folder)
+    write_summary(folder / "summary.json", summary)
+    start = time.perf_counter() - summary["seconds"]
+    run = Run(config, folder, run_id=summary["run_id"], job=job)
     try:
         check_config(config)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         summary["config"] = OmegaConf.to_container(config, resolve=True)
-        if not run.prepare():
+        write_summary(folder / "summary.json", summary)
+        if not run.prepare(resume=resume):
+            summary["status"] = "ok"
             return None
+        summary["optimized_metric"] = run.optimized_metric
         run.fit()
         run.evaluate()
+        summary["status"] = "ok"
     except Exception as error:
         summary |= {"status": "failed", "error": one_line(error)}
         raise
@@ -104,24 +135,47 @@ def train(config: DictConfig, *, folder: str | Path, overrides: Iterable[str] = 
         sys.exit(TERMINATED if terminated else INTERRUPTED)
     finally:
         first, last = read_metrics(folder / "metrics.csv")
-        summary |= {"epochs": run.epochs, "seconds": round(time.perf_counter() - start, 2)}
-        write_summary(folder / "summary.json", summary | last | run.evaluation)
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            # Each job of a sweep is a run of its own, and a failed one is shown as failed.
-            wandb.finish(exit_code=0 if summary["status"] == "ok" else 1)
-    values = last | run.evaluation
-    missing = None if config.optimized_metric in values else str(config.optimized_metric)
+        values = last | run.evaluation
+        summary |= {"epochs": run.epochs or summary["epochs"], "seconds": round(time.perf_counter() - start, 2)}
+        write_summary(folder / "summary.json", summary | values)
+        # Each job of a sweep is a run of its own, and one that did not end well is shown as failed.
+        finish_loggers(exit_code=0 if summary["status"] == "ok" else 1)
+    missing = None if run.optimized_metric in values else run.optimized_metric
     with carry_on_without_output():
         print_report(folder, first, last, run.evaluation, missing=missing)
-    return values.get(config.optimized_metric)
+    return values.get(run.optimized_metric)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes off a run folder while this one lives.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = run_lock(folder)
+    try:
+        if rank_zero_only.rank == 0:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by a run that is going on; name another folder by run_dir=FOLDER"
+        ) from None
+    except NotImplementedError:
+        pass  # a disk without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @rank_zero_only
 def check_unused(folder: Path) -> None:
     """Raise ValueError if the folder holds a run already: their files would mix."""
     if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):
-        raise ValueError(f"{folder} holds a run already; name another folder by run_dir=FOLDER, or delete it")
+        raise ValueError(
+            f"{folder} holds a run already; resume=true goes on with it, or name another folder by run_dir=FOLDER"
+        )
 
 
 def check_config(config: DictConfig) -> None:
@@ -131,8 +185,8 @@ def check_config(config: DictConfig) -> None:
             raise ValueError(f"the configuration needs {key}, which was removed or null")
     for key in map(str, config):
         meant = nearest(key, KEYS, cutoff=0.7)
-        if key == "experiment":
-            raise ValueError('the experiment file lacks its first line, "# @package _global_"')
+        if key in ("experiment", "sweep"):
+            raise ValueError(f'the {key} file lacks its first line, "# @package _global_"')
         if key not in KEYS and meant is not None:
             raise ValueError(f"the configuration has no key {key!r}; did you mean {meant!r}?")
     check_integer("seed", config.seed, low=0)
@@ -160,9 +214,12 @@ def say_stopped(folder: Path, epochs: int) -> None:
 class Run:
     """The objects of one run, made from its configuration."""
 
-    def __init__(self, config: DictConfig, folder: Path) -> None:
+    def __init__(self, config: DictConfig, folder: Path, *, run_id: str, job: Job | None) -> None:
         self.config = config
         self.folder = folder
+        self.run_id = run_id
+        self.job = job
+        self.checkpoint: Path | None = None
         self.evaluation: Figures = {}
         self.views: TwoViews
         self.trainer: Trainer | None = None
@@ -172,8 +229,14 @@ class Run:
         """Number of epochs that were finished."""
         return 0 if self.trainer is None else self.trainer.current_epoch
 
-    def prepare(self) -> bool:
-        """Make all objects; False if only the views were wanted."""
+    @property
+    def optimized_metric(self) -> str:
+        """Log name of what a sweeper optimizes."""
+        chosen = self.config.get("optimized_metric")
+        return str(chosen or ("probe/linear_top1" if self.eval_data.is_labeled else "dynamics/ER_R"))
+
+    def prepare(self, *, resume: bool = False) -> bool:
+        """Make all objects, to go on from the last checkpoint if wanted; False if only the views were wanted."""
         config = self.config
         _quieten()
         seed_everything(config.seed, workers=True, verbose=False)
@@ -196,8 +259,17 @@ class Run:
         objective = instantiate(config.objective, _convert_="all")
         callbacks = self._callbacks()
         # Always first: its folder is the run folder, where the checkpoints go too.
-        loggers = [CSVLogger(str(self.folder), name="", version="")]
-        loggers += instantiate(config.get("logger") or {}, _convert_="all").values()
+        loggers = [
+            metrics_log(self.folder, steps=self._find_checkpoint() if resume else 0),
+            *make_loggers(
+                config.get("logger"),
+                folder=self.folder,
+                run_id=self.run_id,
+                group=self.job and self.job.group,
+                job_type=self.job and self.job.job_type,
+                name=self.job and self.job.name,
+            ),
+        ]
         trainer = config.trainer
         self.trainer = instantiate(
             trainer,
@@ -222,6 +294,16 @@ class Run:
             "image_shape": list(image.shape),
         }
         return True
+
+    def _find_checkpoint(self) -> int:
+        """Number of steps behind the last checkpoint, which the fit goes on from; 0 where there is none."""
+        path = self.folder / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            return 0
+        self.checkpoint = path
+        steps = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+        say(f"resume     {os.path.relpath(path)}, step {steps:,}")
+        return steps
 
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
@@ -274,7 +356,7 @@ class Run:
     def fit(self) -> None:
         """Train."""
         assert self.trainer is not None
-        self.trainer.fit(self.module, datamodule=self.data)
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
         if self.trainer.global_step == 0:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
@@ -322,6 +404,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*`srun` command is available.*",  # a sweep starts its jobs by submitit, not by srun
         ".*treespec, LeafSpec.*",
         ".*Initializing zero-element tensors.*",
         ".*Total length of `list` across ranks is zero.*",  # no labels, so nothing to validate on

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from adadim_lightning.cli.app import run_app
+from adadim_lightning.cli.sweep import sweep_job, sweeping, wants_resume
+from adadim_lightning.cli.sweep_report import print_sweep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the command."""
-    run_app(_task, "adadim-train", "train")
+    with sweeping() as sweeps:
+        try:
+            run_app(_task, "adadim-train", "train")
+        finally:
+            for sweep in sweeps:
+                print_sweep(sweep.summaries(), sweep.folder)
 
 
 def _task(config: DictConfig) -> float | None:
@@ -22,7 +29,13 @@ def _task(config: DictConfig) -> float | None:
     from adadim_lightning.cli.run import train
 
     hydra_config = HydraConfig.get()
-    return train(config, folder=hydra_config.runtime.output_dir, overrides=list(hydra_config.overrides.task))
+    return train(
+        config,
+        folder=hydra_config.runtime.output_dir,
+        overrides=list(hydra_config.overrides.task),
+        resume=wants_resume(config),
+        job=sweep_job(hydra_config),
+    )
 
 
 if __name__ == "__main__":
