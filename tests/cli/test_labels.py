@@ -43,7 +43,7 @@ def test_a_folder_without_labels_is_trained_on_and_measured(
     assert run(monkeypatch, tmp_path / "run", *FOLDER, f"data.root={pictures}") == 0
     output = capsys.readouterr().out
     assert not [str(x.message) for x in recwarn if "is zero" in str(x.message)]  # no validation is no mistake
-    assert "labels     none, so no probes; H(R), I(R;Z) and the ranks need none (eval_data=..." in output
+    assert "labels     none, so no probes; H(R), I(R;Z) and the ranks need none" in output
     assert "40 images, RGB, 16 x 16, no labels" in output
     assert "optimized_metric probe/linear_top1 was not logged" in output
     found = summary(tmp_path / "run")

@@ -62,6 +62,8 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
     def quiet_task(config: DictConfig) -> Any:
         # Processes that the task starts see the user's own setting.
         _set_environment(FULL_ERROR, wanted)
+        # Hydra 1.4 asks for a list of allowed classes; ours is in `trust`, and 1.3 takes none.
+        warnings.filterwarnings("ignore", r"\s*hydra\.utils\.instantiate\(\) resolved")
         usual = warnings.formatwarning
         if wanted != "1":
             warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -77,6 +79,7 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
             os.environ[FULL_ERROR] = "1"
 
     offer_eval_data()
+    warnings.filterwarnings("ignore", "The version_base parameter is deprecated")  # by Hydra 1.4; 1.3 needs it
     # Hydra raises instead of printing a traceback and ending the process by itself.
     os.environ[FULL_ERROR] = "1"
     try:

@@ -31,6 +31,7 @@ from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
 from adadim_lightning.cli.sweep import Job
+from adadim_lightning.cli.sweep_report import print_line
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
@@ -142,7 +143,10 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         finish_loggers(exit_code=0 if summary["status"] == "ok" else 1)
     missing = None if run.optimized_metric in values else run.optimized_metric
     with carry_on_without_output():
-        print_report(folder, first, last, run.evaluation, missing=missing)
+        if job is None:
+            print_report(folder, first, last, run.evaluation, missing=missing)
+        else:
+            print_line(folder, summary | values)
     return values.get(run.optimized_metric)
 
 
@@ -312,8 +316,8 @@ class Run:
         data = self.eval_data
         if not data.is_labeled:
             say(
-                "labels     none, so no probes; H(R), I(R;Z) and the ranks need none "
-                "(eval_data=... brings labeled images)"
+                "labels     none, so no probes; H(R), I(R;Z) and the ranks need none\n"
+                "           (eval_data=... brings labeled images)"
             )
             return [callback for callback in callbacks if callback not in probes]
         if data is not self.data:

@@ -1,5 +1,6 @@
 """Sweeps that can be gone on with: which jobs are done, which folder is whose, and what a study still owes."""
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from adadim_lightning.run_folder import SUMMARY, read_summary, run_folders
 
@@ -108,9 +109,9 @@ class Sweep:
         return folder, [*overrides, f"hydra.sweep.subdir='{name}'"]
 
     def summaries(self) -> list[tuple[Path, dict[str, Any]]]:
-        """What became of each job; one that never began is "missing"."""
+        """What became of each job, also of those that an earlier part ran; one that never began is "missing"."""
         found = []
-        for folder, overrides in self.jobs.items():
+        for folder, overrides in ({folder: [] for folder in self.known.values()} | self.jobs).items():
             try:
                 summary = read_summary(folder)
             except ValueError as error:
@@ -195,9 +196,13 @@ def sweeping() -> Iterator[list[Sweep]]:
     def instantiate_sweeper(
         self: Plugins, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Sweeper:
-        if config.hydra.sweeper.get("storage") is not None:
-            prepare_study(config)
-        return make_sweeper(self, hydra_context=hydra_context, task_function=task_function, config=config)
+        if config.hydra.sweeper.get("storage") is None:
+            return make_sweeper(self, hydra_context=hydra_context, task_function=task_function, config=config)
+        # The jobs' configurations are compared with this one, so it stays as it is.
+        sweeper = self._instantiate(prepare_study(config))
+        assert isinstance(sweeper, Sweeper)
+        sweeper.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        return sweeper
 
     Plugins.instantiate_launcher = instantiate_launcher  # type: ignore[method-assign]
     Plugins.instantiate_sweeper = instantiate_sweeper  # type: ignore[method-assign]
@@ -208,24 +213,27 @@ def sweeping() -> Iterator[list[Sweep]]:
         Plugins.instantiate_sweeper = make_sweeper  # type: ignore[method-assign]
 
 
-def prepare_study(config: DictConfig) -> None:
+def prepare_study(config: DictConfig) -> DictConfig:
     """Let an Optuna study end with the number of trials that was asked for, however often it was killed.
 
     Trials that failed or were cut off are put into the queue again, with the same parameters: their jobs are then
-    matched with their folders, and go on. The sweeper is asked for the trials that are missing.
+    matched with their folders, and go on.
+
+    Returns:
+        Settings of the sweeper, which ask for the trials that are missing.
     """
     Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # where the study's file goes
+    settings: DictConfig = copy.deepcopy(config.hydra.sweeper)
     if not wants_resume(config):
-        return
+        return settings
     import optuna
 
-    settings = config.hydra.sweeper
     try:
         study = optuna.load_study(study_name=settings.study_name, storage=settings.storage)
     except KeyError:
-        return  # killed before it began
+        return settings  # killed before it began
     states = optuna.trial.TrialState
-    trials = study.get_trials(deepcopy=False)
+    trials = study.get_trials()
     settled = [trial.params for trial in trials if trial.state in (states.COMPLETE, states.PRUNED)]
     done = len(settled)
     settled += [trial.system_attrs.get("fixed_params") for trial in trials if trial.state == states.WAITING]
@@ -235,5 +243,8 @@ def prepare_study(config: DictConfig) -> None:
         if trial.state in (states.RUNNING, states.FAIL) and trial.params and trial.params not in settled:
             study.enqueue_trial(trial.params)
             settled.append(trial.params)
-    with read_write(config):
-        settings.n_trials = max(settings.n_trials - done, 0)
+    OmegaConf.set_readonly(settings, False)
+    settings.n_trials = max(settings.n_trials - done, 0)
+    if settings.get("sampler") is not None and settings.sampler.get("seed") is not None:
+        settings.sampler.seed += len(trials)  # with its first seed it would propose its first trials again
+    return settings

@@ -29,12 +29,16 @@ def _task(config: DictConfig) -> float | None:
     from adadim_lightning.cli.run import train
 
     hydra_config = HydraConfig.get()
+    job = sweep_job(hydra_config)
+    sweep = hydra_config.runtime.choices.get("sweep")
+    if sweep is not None and job is None:
+        raise ValueError(f"sweep={sweep} makes many runs: start it as `adadim-train -m sweep={sweep}`")
     return train(
         config,
         folder=hydra_config.runtime.output_dir,
         overrides=list(hydra_config.overrides.task),
         resume=wants_resume(config),
-        job=sweep_job(hydra_config),
+        job=job,
     )
 
 

@@ -1,0 +1,266 @@
+"""Sweeps: many runs of one command line, what becomes of them, and how one goes on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from adadim_lightning.cli.app import config_dir, offer_eval_data
+from adadim_lightning.cli.sweep import Sweep, job_key
+from adadim_lightning.run_folder import DIED, read_summary, run_folders, run_lock
+from tests.cli.test_train import ONE_STEP, run, summary
+from tests.data.pictures import write
+
+QUICK = [*ONE_STEP, "~callbacks.dynamics_plot"]
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    program = "from adadim_lightning.cli.train import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *overrides],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("option", "count", "axis"),
+    [
+        ("schedules", 18, "balance"),
+        ("gamma", 18, "objective.gamma"),
+        ("normalizer", 12, "balance.alpha.normalizer"),
+        ("estimator", 36, "objective.order"),
+    ],
+)
+def test_each_sweep_makes_its_jobs_and_every_job_composes(option: str, count: int, axis: str) -> None:
+    offer_eval_data()
+    parser = OverridesParser.create()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("train", [f"sweep={option}", "run_dir=x"], return_hydra_config=True)
+        params = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+        [jobs] = BasicSweeper.split_arguments(parser.parse_overrides(params), None)
+        assert len({job_key(job) for job in jobs}) == count
+        values = set()
+        for job in jobs:
+            if "seed=0" in job:
+                assert compose("train", job).seed == 0
+                values.add(next(override for override in job if override.startswith(axis)))
+    assert len(values) > 1
+
+
+def test_schedules_sweep_fixed_shares_reach_the_objective() -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        alphas = [compose("train", [f"balance=fixed_{x}"]).balance.alpha.value for x in (25, 50, 75)]
+    assert alphas == [0.25, 0.5, 0.75]
+
+
+def test_a_sweep_file_without_multirun_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path / "run", "sweep=gamma") == 1
+    assert "adadim-train -m sweep=gamma" in capsys.readouterr().err
+
+
+def test_job_is_told_by_its_overrides_in_any_order() -> None:
+    assert job_key(["seed=1", "objective=simclr", "run_dir=a"]) == job_key(["objective=simclr", "seed=1"])
+    assert job_key(["seed=1", "resume=True", "hydra.launcher.n_jobs=2"]) == job_key(["seed=1"])
+    assert job_key(["seed=1"]) != job_key(["seed=2"])
+    assert job_key(["+trainer.profiler=simple"]) != job_key([])
+
+
+def fake_runs(folder: Path, *jobs: list[str]) -> None:
+    for i, overrides in enumerate(jobs):
+        (folder / str(i)).mkdir(parents=True)
+        text = json.dumps({"status": "ok", "overrides": overrides, "optimized_metric": "x", "x": i})
+        (folder / str(i) / "summary.json").write_text(text)
+
+
+def sweep_of(folder: Path, *overrides: str) -> Sweep:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("train", [f"run_dir='{folder}'", "resume=true", *overrides], return_hydra_config=True)
+    return Sweep(config)
+
+
+def test_resumed_jobs_keep_their_folders_and_new_ones_get_free_numbers(tmp_path: Path) -> None:
+    fake_runs(tmp_path, ["seed=0"], ["seed=1"])
+    sweep = sweep_of(tmp_path)
+    # The command now has another seed in front: what was job 0 is now job 1.
+    placed = [sweep.place([f"seed={seed}"], number) for number, seed in enumerate((7, 0, 1, 8))]
+    assert [folder and folder.name for folder, _ in placed] == ["2", "0", "1", "3"]
+    assert placed[1][1] == ["seed=0", "hydra.sweep.subdir='0'"]
+
+
+def test_folders_that_the_user_names_are_left_to_hydra(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    assert sweep.place(["seed=0"], 0) == (None, ["seed=0"])
+    (tmp_path / "it's=a").mkdir()
+    (tmp_path / "it's=a" / "summary.json").write_text('{"status": "failed", "overrides": ["seed=0"]}')
+    folder, overrides = sweep_of(tmp_path, "hydra.sweep.subdir=${hydra.job.override_dirname}").place(["seed=0"], 0)
+    assert folder == tmp_path / "it's=a"
+    parsed = OverridesParser.create().parse_overrides([overrides[-1]])[0].value()
+    assert str(parsed) == "it's=a"
+
+
+def test_folder_that_holds_runs_is_not_swept_into_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs(tmp_path, ["seed=0"])
+    before = (tmp_path / "0" / "summary.json").read_text()
+    assert run(monkeypatch, tmp_path, "-m", "seed=0,1") == 1
+    assert "resume=true goes on with them" in capsys.readouterr().err
+    assert (tmp_path / "0" / "summary.json").read_text() == before
+    assert not (tmp_path / "1").exists()
+
+
+def test_resume_needs_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from adadim_lightning.cli.train import main
+
+    for arguments in (["resume=true"], ["-m", "seed=0,1", "resume=true"]):
+        monkeypatch.setattr(sys, "argv", ["adadim-train", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 1
+        assert "resume=true needs run_dir=FOLDER" in capsys.readouterr().err
+
+
+def test_failed_job_takes_no_other_down_and_resume_reruns_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for i in range(8):
+        write(good / f"{i}.png", i)
+    bad.mkdir()
+    command = ("-m", "data=folder", f"data.root={bad},{good}", "data.image_size=32", "data.batch_size=4", *QUICK)
+    sweep = tmp_path / "sweep"
+    assert run(monkeypatch, sweep, *command) == 1
+    printed = capsys.readouterr()
+    assert "2 jobs: 1 ok, 1 failed" in printed.out
+    assert printed.err.count("adadim-train: error:") == 1
+    assert "Error executing job" not in printed.err
+    long = [line for line in printed.out.splitlines() if len(line) > 80 and str(tmp_path) not in line]
+    assert not long
+    failed, ok = (summary(sweep / name) for name in "01")
+    assert failed["status"] == "failed"
+    assert str(bad) in str(failed["error"])
+    assert (ok["status"], ok["optimized_metric"]) == ("ok", "dynamics/ER_R")  # no labels
+    assert ok["dynamics/ER_R"] > 1  # type: ignore[operator]
+
+    for i in range(8):
+        write(bad / f"{i}.png", i)
+    assert run(monkeypatch, sweep, *command, "resume=true") == 0
+    assert "2 jobs: 2 ok" in capsys.readouterr().out
+    assert summary(sweep / "0")["status"] == "ok"
+    assert summary(sweep / "0")["run_id"] == failed["run_id"]
+    assert summary(sweep / "1") == ok
+    assert [folder.name for folder in run_folders(sweep)] == ["0", "1"]
+
+
+def test_folder_in_use_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_runs(tmp_path, ["seed=0"])
+    running = {"status": "running", "overrides": ["seed=0"]}
+    (tmp_path / "0" / "summary.json").write_text(json.dumps(running))
+    with run_lock(tmp_path / "0"):
+        assert read_summary(tmp_path / "0") == running
+        assert run(monkeypatch, tmp_path / "0", "resume=true", *QUICK) == 1
+        assert "in use by a run" in capsys.readouterr().err
+    died = read_summary(tmp_path / "0")
+    assert died is not None
+    assert (died["status"], died["error"]) == ("failed", DIED)
+
+
+def test_finished_run_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path / "run", "resume=true", *QUICK) == 0  # nothing there yet: it begins
+    first = summary(tmp_path / "run")
+    assert first["optimized_metric"] == "probe/linear_top1"
+    assert run(monkeypatch, tmp_path / "run", "resume=true", *QUICK) == 0
+    assert "holds a finished run" in capsys.readouterr().out
+    assert summary(tmp_path / "run") == first
+
+
+def test_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    command = ("-m", "seed=0,1,2", "trainer.max_epochs=8", "~callbacks.dynamics_plot", f"run_dir={sweep}")
+    process = start(*command)
+    wait_for(lambda: any((sweep / "1" / "checkpoints").glob("epoch=0002*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    statuses = [read_summary(folder) for folder in run_folders(sweep)]
+    assert [(found["status"], found["error"]) for found in statuses if found] == [("ok", None), ("failed", DIED)]
+    before = [summary(sweep / "0"), summary(sweep / "1")]
+    written = rows(sweep / "1")
+
+    process = start(*command, "resume=true")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "3 jobs: 3 ok" in output
+    assert "resume     " in output
+    assert summary(sweep / "0") == before[0]
+    after = summary(sweep / "1")
+    assert (after["status"], after["epochs"], after["run_id"]) == ("ok", 8, before[1]["run_id"])
+    found = rows(sweep / "1")
+    # The rows before the kill are the same, and each epoch is there once.
+    assert [row["loss/total"] for row in found[:6]] == [row["loss/total"] for row in written[:6]]
+    assert [row["epoch"] for row in found if row["loss/total"]] == [str(epoch) for epoch in range(8)]
+    assert summary(sweep / "2")["epochs"] == 8
+
+
+def workers(parent: int) -> list[int]:
+    """Worker processes of joblib below a process."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "popen_loky" in line]
+
+
+def test_worker_that_dies_ends_a_joblib_sweep_which_can_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "sweep"
+    command = (
+        *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1,2", "trainer.max_epochs=6"),
+        *("~callbacks.dynamics_plot", f"run_dir={sweep}"),
+    )
+    process = start(*command)
+    wait_for(lambda: all((sweep / name / "checkpoints" / "last.ckpt").exists() for name in "01"), process)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "adadim-train: error: " in output
+    assert "failed" in output
+    assert "resume=true" in output
+    assert DIED in " ".join(output.split())
+
+    process = start(*command, "resume=true")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [summary(sweep / name)["epochs"] for name in "012"] == [6, 6, 6]
+    assert "3 jobs: 3 ok" in output
