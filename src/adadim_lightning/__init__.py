@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adadim_lightning.callbacks import DynamicsPlot as DynamicsPlot
     from adadim_lightning.callbacks import OnlineKNN as OnlineKNN
     from adadim_lightning.callbacks import OnlineLinearProbe as OnlineLinearProbe
+    from adadim_lightning.callbacks import WandbPanels as WandbPanels
     from adadim_lightning.guard import NonFiniteError as NonFiniteError
     from adadim_lightning.module import AdaDimModule as AdaDimModule
     from adadim_lightning.objective import AdaDimLoss as AdaDimLoss
@@ -43,6 +44,7 @@ _HOMES = {
     "OnlineLinearProbe": "callbacks",
     "Statistics": "balance",
     "StepSchedule": "balance",
+    "WandbPanels": "callbacks",
     "load_backbone": "pretrained",
     "load_transform": "pretrained",
 }

@@ -22,7 +22,7 @@ from adadim_lightning.run_folder import DIED, read_summary, run_folders, run_loc
 from tests.cli.test_train import ONE_STEP, run, summary
 from tests.data.pictures import write
 
-QUICK = [*ONE_STEP, "~callbacks.dynamics_plot"]
+QUICK = ONE_STEP
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
@@ -211,7 +211,7 @@ def test_finished_run_is_not_run_again(
 
 def test_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    command = ("-m", "seed=0,1,2", "trainer.max_epochs=8", "~callbacks.dynamics_plot", f"run_dir={sweep}")
+    command = ("-m", "seed=0,1,2", "trainer.max_epochs=8", f"run_dir={sweep}")
     process = start(*command)
     wait_for(lambda: any((sweep / "1" / "checkpoints").glob("epoch=0002*")), process)
     process.send_signal(signal.SIGKILL)
@@ -247,7 +247,7 @@ def test_worker_that_dies_ends_a_joblib_sweep_which_can_go_on(tmp_path: Path) ->
     sweep = tmp_path / "sweep"
     command = (
         *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1,2", "trainer.max_epochs=6"),
-        *("~callbacks.dynamics_plot", f"run_dir={sweep}"),
+        f"run_dir={sweep}",
     )
     process = start(*command)
     wait_for(lambda: all((sweep / name / "checkpoints" / "last.ckpt").exists() for name in "01"), process)

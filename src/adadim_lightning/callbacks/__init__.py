@@ -2,6 +2,7 @@
 
 from adadim_lightning.callbacks.adadim import AdaDim
 from adadim_lightning.callbacks.monitor import DimensionMonitor
+from adadim_lightning.callbacks.panels import WandbPanels
 from adadim_lightning.callbacks.plots import DynamicsPlot
 from adadim_lightning.callbacks.probes import OnlineKNN, OnlineLinearProbe
 from adadim_lightning.callbacks.progress import Throughput, progress_callback
@@ -13,5 +14,6 @@ __all__ = [
     "OnlineKNN",
     "OnlineLinearProbe",
     "Throughput",
+    "WandbPanels",
     "progress_callback",
 ]

@@ -1,17 +1,18 @@
 """What all commands share: Hydra around a task, and one line instead of a traceback."""
 
 import difflib
+import functools
 import glob
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException, MissingConfigException
@@ -33,6 +34,7 @@ def config_dir() -> Path:
 EVAL_DATA = {key: f"${{data.{key}}}" for key in ("image_size", "channels", "mean", "std")}
 
 
+@functools.cache  # once in a process: Hydra 1.4 minds a second time
 def offer_eval_data() -> None:
     """Make every option of ``data`` one of ``eval_data`` too, at the size and in the colors of ``data``."""
     store = ConfigStore.instance()
@@ -110,8 +112,10 @@ def _set_environment(name: str, value: str | None) -> None:
 def one_line(error: BaseException) -> str:
     """The cause of an error and its fix, in one line."""
     cause = error.__cause__
-    if isinstance(error, InstantiationException):
-        return f"{_part(error, 'full_key: ')}: {_unknown_argument(error) or _message(cause or error)}"
+    key = _configured_key(error)
+    if key is not None:
+        reason = cause if isinstance(error, InstantiationException) and cause else error
+        return f"{key}: {_unknown_argument(reason) or _message(reason)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
@@ -155,17 +159,22 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {message} ({FULL_ERROR}=1 shows the traceback)"
 
 
-def _part(error: InstantiationException, label: str) -> str:
-    """What follows a label on its line of Hydra's message."""
-    return str(error).partition(label)[2].partition("\n")[0].strip(" ':") or "configuration"
+def _configured_key(error: BaseException) -> str | None:
+    """Key of the object that could not be made: Hydra 1.3 puts it into its message, 1.4 into a note."""
+    texts = list(getattr(error, "__notes__", []))
+    if isinstance(error, InstantiationException):
+        texts.append(str(error))
+    keys = [text.partition("full_key: ")[2].partition("\n")[0].strip(" ':") for text in texts]
+    return next(filter(None, keys), "configuration" if isinstance(error, InstantiationException) else None)
 
 
-def _unknown_argument(error: InstantiationException) -> str | None:
+def _unknown_argument(error: BaseException) -> str | None:
     """The near match of a key that the object does not take, which only its constructor noticed."""
-    _, found, wrong = str(error.__cause__).partition("got an unexpected keyword argument '")
-    if not found:
+    _, found, wrong = str(error).partition("got an unexpected keyword argument '")
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    target = next((names["_target_"] for names in reversed(frames) if callable(names.get("_target_"))), None)
+    if not found or target is None:
         return None
-    target = hydra.utils.get_object(_part(error, "Error in call to target"))
     names = [name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs")]
     wrong = wrong.partition("'")[0]
     return f"there is no key {wrong!r}{_nearest(wrong, names)}"

@@ -54,6 +54,9 @@ def make_data(config: DictConfig, key: str, views: TwoViews, **fixed: Any) -> Im
     except InstantiationException as error:
         # Made apart from the rest, it would be named without its place.
         raise InstantiationException(f"{error}\nfull_key: {key}") from error.__cause__
+    except Exception as error:
+        error.add_note(f"full_key: {key}")  # Hydra 1.4 raises the error itself
+        raise
     if not isinstance(data, ImageData):
         raise ValueError(
             f"{key} must make an ImageData, got {type(data).__name__}; with other data modules use AdaDimModule "

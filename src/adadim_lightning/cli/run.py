@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from adadim_lightning.callbacks.probes import OnlineProbe
-from adadim_lightning.callbacks.progress import carry_on_without_output
+from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_output, in_main_process
 from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
 from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
@@ -159,7 +159,7 @@ def hold(folder: Path) -> Iterator[None]:
     """
     lock = run_lock(folder)
     try:
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
@@ -269,9 +269,9 @@ class Run:
                 config.get("logger"),
                 folder=self.folder,
                 run_id=self.run_id,
-                group=self.job and self.job.group,
-                job_type=self.job and self.job.job_type,
-                name=self.job and self.job.name,
+                group=self.job.group if self.job else None,
+                job_type=self.job.job_type if self.job else None,
+                name=self.job.name if self.job else None,
             ),
         ]
         trainer = config.trainer
@@ -312,6 +312,9 @@ class Run:
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
         callbacks = list(instantiate(self.config.get("callbacks") or {}, _convert_="all").values())
+        if not in_main_process():
+            for lines in (callback for callback in callbacks if isinstance(callback, EpochLines)):
+                lines.label = f"#{self.folder.name}"
         probes = [callback for callback in callbacks if isinstance(callback, OnlineProbe)]
         data = self.eval_data
         if not data.is_labeled:
@@ -379,6 +382,8 @@ class Run:
             train, test = (embed(backbone.to(device), data.loader(x), self.views.clean) for x in splits)
             self.evaluation[f"evaluation/{name}_linear_top1"] = linear_accuracy(train, test)
             self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
+        for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
+            logger.log_metrics(self.evaluation, step=self.trainer.global_step)
 
 
 def _two_lines(key: str, data: ImageData) -> str:

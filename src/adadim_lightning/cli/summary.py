@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
 from rich.markup import escape
 from rich.table import Table
+
+from adadim_lightning.cli.sweep_report import next_commands, screen, shown_path
 
 Figures = dict[str, float]
 
@@ -23,9 +26,6 @@ ROWS = {
     "dynamics/I_RZ": "I(R;Z) [nats]",
     "loss/total": "loss",
     "loss/decorrelation": "  decorrelation",
-    "loss/invariance": "    invariance",
-    "loss/variance": "    variance",
-    "loss/covariance": "    covariance",
     "loss/uniformity": "  uniformity",
     "loss/information": "  information",
     "probe/linear_top1": "online linear probe",
@@ -64,31 +64,48 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 def print_report(
     folder: Path, first: Figures, last: Figures, evaluation: Figures, *, missing: str | None = None
 ) -> None:
-    """Print what the run did, on one screen, and name an optimized metric that was not logged."""
-    console = Console(highlight=False)
-    table = Table(title="Training", title_justify="left", show_edge=False)
-    table.add_column("")
+    """Print what the run did, on one screen of 80 x 24, and what to do next.
+
+    Args:
+        folder: of the run.
+        first: first value under each log name.
+        last: last value under each log name.
+        evaluation: scores of the closing evaluation.
+        missing: an optimized metric that was not logged.
+    """
+    tables = [_training(first, last)] if set(ROWS) & set(last) else []
+    if evaluation:
+        tables.append(_evaluation(evaluation))
+    with screen() as console:
+        console.print()
+        console.print(Columns(tables, padding=(0, 3)))
+        if missing is not None:
+            console.print(f"\noptimized_metric {missing} was not logged", markup=False)
+        console.print(f"\nEverything is in {shown_path(folder)}", markup=False, soft_wrap=True)
+        for command in next_commands(folder):
+            console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _training(first: Figures, last: Figures) -> Table:
+    table = Table("", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("first epoch", justify="right")
     table.add_column("last epoch", justify="right")
     for key, label in ROWS.items():
         if key in last:
             table.add_row(escape(label), _figure(first[key]), _figure(last[key]))
-    console.print(table)
-    if evaluation:
-        table = Table(title="Held-out accuracy of frozen features", title_justify="left", show_edge=False)
-        table.add_column("")
-        columns = {"raw": "raw pixels", "untrained": "untrained backbone", "trained": "trained backbone"}
-        names = [name for name in columns if f"evaluation/{name}_knn_top1" in evaluation]
-        for name in names:
-            table.add_column(columns[name], justify="right")
-        for key, label in (("linear_top1", "linear probe"), ("knn_top1", "kNN")):
-            scores = (evaluation[f"evaluation/{name}_{key}"] for name in names)
-            table.add_row(label, *(f"{score:.3f}" for score in scores))
-        console.print()
-        console.print(table)
-    if missing is not None:
-        console.print(f"\noptimized_metric {missing} was not logged", markup=False)
-    console.print(f"\nEverything is in {os.path.relpath(folder)}", soft_wrap=True)
+    return table
+
+
+def _evaluation(scores: Figures) -> Table:
+    """Frozen features on the held-out images."""
+    table = Table("held-out top-1", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("linear", justify="right")
+    table.add_column("kNN", justify="right")
+    for name in ("raw", "untrained", "trained"):
+        keys = [f"evaluation/{name}_{probe}_top1" for probe in ("linear", "knn")]
+        if keys[0] in scores:
+            table.add_row("raw pixels" if name == "raw" else name, *(f"{scores[key]:.3f}" for key in keys))
+    return table
 
 
 def _figure(value: float) -> str:

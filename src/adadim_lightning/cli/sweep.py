@@ -20,6 +20,7 @@ from adadim_lightning.run_folder import SUMMARY, read_summary, run_folders
 
 # What says where and how a job runs, not what it is.
 NOT_THE_JOB = ("run_dir", "resume")
+NOT_THE_NAME = ("sweep=", "logger")
 
 Key = frozenset[str]
 
@@ -56,7 +57,7 @@ class Job:
     name: str
 
 
-def sweep_job(hydra_config: DictConfig) -> Job | None:
+def sweep_job(hydra_config: Any) -> Job | None:
     """The job that Hydra is running; None outside a sweep."""
     if hydra_config.mode != RunMode.MULTIRUN:
         return None
@@ -65,7 +66,7 @@ def sweep_job(hydra_config: DictConfig) -> Job | None:
         number=int(hydra_config.job.num),
         group=Path(folder).name if folder.startswith("..") else folder,
         job_type=hydra_config.runtime.choices.get("sweep") or "sweep",
-        name=",".join(sorted(job_key(hydra_config.overrides.task))),
+        name=",".join(sorted(x for x in job_key(hydra_config.overrides.task) if not x.startswith(NOT_THE_NAME))),
     )
 
 
@@ -111,12 +112,13 @@ class Sweep:
     def summaries(self) -> list[tuple[Path, dict[str, Any]]]:
         """What became of each job, also of those that an earlier part ran; one that never began is "missing"."""
         found = []
-        for folder, overrides in ({folder: [] for folder in self.known.values()} | self.jobs).items():
+        for folder in dict.fromkeys((*self.known.values(), *self.jobs)):
             try:
                 summary = read_summary(folder)
             except ValueError as error:
                 summary = {"status": "failed", "error": str(error)}
-            found.append((folder, {"overrides": overrides, "status": "missing", "error": None} | (summary or {})))
+            missing = {"overrides": self.jobs.get(folder, []), "status": "missing", "error": None}
+            found.append((folder, missing | (summary or {})))
         return found
 
 
