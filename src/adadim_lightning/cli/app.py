@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # as shells number a Ctrl-C
+# Hydra's plugins by a word in the names of their options, and our extras that install them.
+PLUGINS = {
+    "submitit": ("hydra-submitit-launcher", "slurm"),
+    "joblib": ("hydra-joblib-launcher", "joblib"),
+    "optuna": ("hydra-optuna-sweeper", "optuna"),
+}
 
 
 def config_dir() -> Path:
@@ -116,6 +123,8 @@ def one_line(error: BaseException) -> str:
     if key is not None:
         reason = cause if isinstance(error, InstantiationException) and cause else error
         return f"{key}: {_unknown_argument(reason) or _message(reason)}"
+    if isinstance(error, MissingConfigException) and (missing := _missing_plugin(str(error.missing_cfg_file))):
+        return missing
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
@@ -137,6 +146,18 @@ def one_line(error: BaseException) -> str:
         hint = "; name another output folder by run_dir=FOLDER" if _is_output(str(error.filename)) else ""
         return f"cannot use {error.filename}: {error.strerror}{hint}"
     return _message(error)
+
+
+def _missing_plugin(option: str) -> str | None:
+    """The line that installs the plugin of Hydra whose option was asked for; None if it has one, or needs none."""
+    group, _, name = option.rpartition("/")
+    for word, (package, extra) in PLUGINS.items():
+        if group in ("hydra/launcher", "hydra/sweeper") and word in name:
+            try:
+                version(package)
+            except PackageNotFoundError:
+                return f"{package} is not installed; pip install 'adadim-lightning[{extra}]'"
+    return None
 
 
 def _is_output(path: str) -> bool:

@@ -43,6 +43,8 @@ from adadim_lightning.run_folder import read_summary, run_lock
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
+REQUEUED = -1  # with which submitit ends a job that it has had requeued
+GRACE_S = 3600  # more than Slurm leaves a job between SIGTERM and SIGKILL
 
 REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
 SWITCHES = ("channels_last", "compile", "show_views", "resume")
@@ -88,8 +90,14 @@ def train(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder):
-        return _train(config, folder, list(overrides), resume, job)
+    try:
+        with hold(folder):
+            return _train(config, folder, list(overrides), resume, job)
+    except SystemExit as stop:
+        if stop.code == TERMINATED and "SLURM_JOB_ID" in os.environ:
+            # Slurm requeues a pre-empted job that it had to kill; one that ends by itself counts as failed.
+            time.sleep(GRACE_S)
+        raise
 
 
 def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool, job: Job | None) -> float | None:
@@ -130,7 +138,7 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         summary |= {"status": "failed", "error": one_line(error)}
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
-        terminated = isinstance(stop, SIGTERMException)
+        terminated = isinstance(stop, SIGTERMException) or stop.args == (REQUEUED,)
         summary |= {"status": "stopped", "error": f"interrupted by {'SIGTERM' if terminated else 'Ctrl-C'}"}
         say_stopped(folder, run.epochs)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
@@ -301,9 +309,11 @@ class Run:
 
     def _find_checkpoint(self) -> int:
         """Number of steps behind the last checkpoint, which the fit goes on from; 0 where there is none."""
-        path = self.folder / "checkpoints" / "last.ckpt"
-        if not path.exists():
+        # last.ckpt points nowhere where a run was killed between removing the old checkpoint and setting the link.
+        found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()]
+        if not found:
             return 0
+        path = max(found, key=lambda path: (path.stat().st_mtime, path.name))
         self.checkpoint = path
         steps = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
         say(f"resume     {os.path.relpath(path)}, step {steps:,}")
@@ -363,7 +373,14 @@ class Run:
     def fit(self) -> None:
         """Train."""
         assert self.trainer is not None
-        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+        try:
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+        except Exception as error:
+            # Slurm sends SIGTERM to all processes of a job: without its loader's workers, or submitit's call of
+            # scontrol, the training fails, but that is no fault of its own.
+            if self.trainer.received_sigterm:
+                raise SIGTERMException from error
+            raise
         if self.trainer.global_step == 0:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
