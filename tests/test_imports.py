@@ -17,6 +17,8 @@ def run_python(code: str) -> str:
         ("evaluate", "adadim-evaluate ckpt="),
         ("embed", "adadim-embed ckpt="),
         ("export", "torch_export"),
+        ("report", "--baseline ARM"),
+        ("dashboard", "ENTITY/PROJECT"),
     ],
 )
 def test_help_answers_without_torch(command: str, shown: str) -> None:
