@@ -76,10 +76,10 @@ def read_run(path: Path) -> Found:
     return found
 
 
-def wandb_runs(folder: Path) -> list[Found]:
-    """All finished runs in a folder, oldest first; wandb's own process writes the end a moment after `finish`."""
+def wandb_runs(folder: Path, *, finished: bool = True) -> list[Found]:
+    """All runs in a folder, oldest first; wandb's own process writes the end a moment after `finish`."""
     paths = sorted(folder.rglob("offline-run-*/*.wandb"))
-    until = time.monotonic() + 20
+    until = time.monotonic() + (20 if finished else 0)
     while True:
         found = [read_run(path) for path in paths]
         if all(run.exit_code is not None for run in found) or time.monotonic() > until:

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from adadim_lightning.cli.app import config_dir, offer_eval_data
 from adadim_lightning.cli.sweep import Sweep, job_key
 from adadim_lightning.run_folder import DIED, read_summary, run_folders, run_lock
+from tests.callbacks.wandb_files import wandb_runs
 from tests.cli.test_train import ONE_STEP, run, summary
 from tests.data.pictures import write
 
@@ -209,9 +210,12 @@ def test_finished_run_is_not_run_again(
     assert summary(tmp_path / "run") == first
 
 
-def test_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
+def test_killed_sweep_goes_on_where_it_was_also_in_wandb(tmp_path: Path) -> None:
+    sweep = tmp_path / "runs"
     command = ("-m", "seed=0,1,2", "trainer.max_epochs=8", f"run_dir={sweep}")
+    command += ("logger=wandb", "logger.wandb.mode=offline", "sweep=mine", f"--config-dir={tmp_path}")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text("# @package _global_\nhydra: {sweeper: {params: {seed: '0,1,2'}}}\n")
     process = start(*command)
     wait_for(lambda: any((sweep / "1" / "checkpoints").glob("epoch=0002*")), process)
     process.send_signal(signal.SIGKILL)
@@ -234,6 +238,18 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [row["loss/total"] for row in found[:6]] == [row["loss/total"] for row in written[:6]]
     assert [row["epoch"] for row in found if row["loss/total"]] == [str(epoch) for epoch in range(8)]
     assert summary(sweep / "2")["epochs"] == 8
+
+    # Each job is a run of its own; the killed one has two parts under one id, the first without an end.
+    parts = {name: wandb_runs(sweep / name, finished=False) for name in "012"}
+    assert {name: [part.exit_code for part in found] for name, found in parts.items()} == {
+        "0": [0], "1": [None, 0], "2": [0],
+    }  # fmt: skip
+    for name, found in parts.items():
+        assert {part.run.run_id for part in found} == {summary(sweep / name)["run_id"]}
+        assert {(part.run.run_group, part.run.job_type) for part in found} == {("runs", "mine")}
+        assert {part.run.display_name for part in found} == {f"seed={name},trainer.max_epochs=8"}
+    epochs = [epoch for part in parts["1"] for epoch in part.epochs("loss/total")]
+    assert sorted(set(epochs)) == list(range(8))
 
 
 def workers(parent: int) -> list[int]:

@@ -8,13 +8,11 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
@@ -25,8 +23,9 @@ from torch import nn
 
 from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_output, in_main_process
-from adadim_lightning.cli.app import INTERRUPTED, nearest, one_line
+from adadim_lightning.cli.app import INTERRUPTED, one_line
 from adadim_lightning.cli.build import make_data, say
+from adadim_lightning.cli.check import check_config, check_unused, hold
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
@@ -35,33 +34,18 @@ from adadim_lightning.cli.sweep_report import print_line
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageSet, TwoViews
 from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
-from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
-from adadim_lightning.run_folder import read_summary, run_lock
+from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
 REQUEUED = -1  # with which submitit ends a job that it has had requeued
 GRACE_S = 3600  # more than Slurm leaves a job between SIGTERM and SIGKILL
 
-REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
-SWITCHES = ("channels_last", "compile", "show_views", "resume")
-KEYS = {
-    *REQUIRED,
-    *SWITCHES,
-    *("eval_data", "lr_schedule", "lr_scaling", "callbacks", "logger", "optimized_metric", "trust"),
-}
 MOST_EVALUATED = 5000  # images of the closing evaluation; adadim-evaluate takes them all
 MOST_RAW_PIXELS = 1024
-TRAINER_INTEGERS = {
-    "max_epochs": 1,
-    "max_steps": 1,
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "log_every_n_steps": 1,
-}
 
 
 def train(
@@ -156,62 +140,6 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         else:
             print_line(folder, summary | values)
     return values.get(run.optimized_metric)
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes off a run folder while this one lives.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    lock = run_lock(folder)
-    try:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"{folder} is in use by a run that is going on; name another folder by run_dir=FOLDER"
-        ) from None
-    except NotImplementedError:
-        pass  # a disk without locks
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@rank_zero_only
-def check_unused(folder: Path) -> None:
-    """Raise ValueError if the folder holds a run already: their files would mix."""
-    if any((folder / name).exists() for name in ("metrics.csv", "checkpoints")):
-        raise ValueError(
-            f"{folder} holds a run already; resume=true goes on with it, or name another folder by run_dir=FOLDER"
-        )
-
-
-def check_config(config: DictConfig) -> None:
-    """Raise ValueError for what would only fail later, in words that do not name the key, or not at all."""
-    for key in REQUIRED:
-        if config.get(key) is None:
-            raise ValueError(f"the configuration needs {key}, which was removed or null")
-    for key in map(str, config):
-        meant = nearest(key, KEYS, cutoff=0.7)
-        if key in ("experiment", "sweep"):
-            raise ValueError(f'the {key} file lacks its first line, "# @package _global_"')
-        if key not in KEYS and meant is not None:
-            raise ValueError(f"the configuration has no key {key!r}; did you mean {meant!r}?")
-    check_integer("seed", config.seed, low=0)
-    for key, low in TRAINER_INTEGERS.items():
-        value = config.trainer.get(key)
-        if value is not None and value != -1:
-            check_integer(f"trainer.{key}", value, low=low)
-    for key in SWITCHES:
-        check_bool(key, config.get(key, False))
-    if config.trainer.get("limit_train_batches") == 0:
-        raise ValueError("nothing would be trained: trainer.limit_train_batches is 0")
-    if config.trainer.max_epochs is None and config.trainer.max_steps in (None, -1):
-        raise ValueError("trainer.max_epochs must be a number of epochs; null would mean Lightning's 1000")
 
 
 @rank_zero_only
