@@ -45,7 +45,7 @@ def test_a_folder_without_labels_is_trained_on_and_measured(
     assert not [str(x.message) for x in recwarn if "is zero" in str(x.message)]  # no validation is no mistake
     assert "labels     none, so no probes; H(R), I(R;Z) and the ranks need none" in output
     assert "40 images, RGB, 16 x 16, no labels" in output
-    assert "optimized_metric probe/linear_top1 was not logged" in output
+    assert "was not logged" not in output  # without labels a rank is optimized
     found = summary(tmp_path / "run")
     assert (found["status"], found["error"], found["epochs"]) == ("ok", None, 1)
     assert not [key for key in found if key.startswith(("probe/", "evaluation/"))]

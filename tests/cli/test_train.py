@@ -337,7 +337,7 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_a_summary(
 
     with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heed_interrupts, **pipes) as process:
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "run" / "checkpoints").glob("*.ckpt")) and time.monotonic() < deadline:
+        while not list((tmp_path / "run" / "checkpoints").glob("epoch=*[1-9]-*")) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(sent)
         try:

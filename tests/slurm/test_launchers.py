@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -16,6 +17,8 @@ from adadim_lightning.cli.app import config_dir
 SPY = """
 import json, os, time
 from pathlib import Path
+
+import pytest
 import torch
 from lightning.pytorch import Callback
 
@@ -39,6 +42,7 @@ def launcher(*overrides: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+@pytest.mark.slow
 def test_parallel_runs_on_one_machine_share_its_cores(tmp_path: Path) -> None:
     (tmp_path / "spy.py").write_text(SPY)
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}

@@ -91,6 +91,7 @@ def output(folder: Path) -> str:
     return "\n".join(f"--- {path}\n{path.read_text()}" for path in paths)
 
 
+@pytest.mark.slow
 def test_preempted_job_of_a_sweep_resumes_and_the_other_is_left_alone(cluster: Cluster, tmp_path: Path) -> None:
     epochs = 80
     with sweep(cluster, tmp_path, epochs, "objective=simclr,vicreg", "hydra.launcher.cpus_per_task=1") as process:

@@ -5,38 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
+from adadim_lightning.cli.plain import OneLineParser, run_plain
 from adadim_lightning.extras import require
 
 COLORS = ("#440154", "#31688e", "#35b779", "#fde725")  # low to high accuracy
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of all commands."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong, and end."""
-        self.exit(1, f"{self.prog}: error: {message}; {self.prog} --help shows the usage\n")
-
-
 def main() -> None:
     """Entry point of the command."""
-    arguments = _parser().parse_args()
-    try:
-        _run(arguments)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        from adadim_lightning.cli.app import one_line
-
-        print(f"adadim-dashboard: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    run_plain(_parser(), _run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="adadim-dashboard",
         description="Save a workspace of AdaDim's panels in a Weights & Biases project.",
         epilog="example: adadim-dashboard my-team/adadim",

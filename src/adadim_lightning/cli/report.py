@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from adadim_lightning.cli.plain import OneLineParser, run_plain
 
 if TYPE_CHECKING:
     from adadim_lightning.report.arms import Arm
@@ -17,32 +19,13 @@ MOST_PRINTED = 20  # arms; the page has them all
 LABEL = 22  # columns of the terminal for an arm
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of all commands."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong, and end."""
-        self.exit(1, f"{self.prog}: error: {message}; {self.prog} --help shows the usage\n")
-
-
 def main() -> None:
     """Entry point of the command."""
-    arguments = _parser().parse_args()
-    try:
-        _report(arguments)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        from adadim_lightning.cli.app import one_line
-
-        print(f"adadim-report: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_plain(_parser(), _report)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="adadim-report",
         description="Write one HTML page about runs, and its pictures as PNG files beside it.",
         epilog="example: adadim-report multirun/2026-01-31/12-00-00 --baseline objective=vicreg",

@@ -239,13 +239,16 @@ class Run:
         """Number of steps behind the last checkpoint, which the fit goes on from; 0 where there is none."""
         # last.ckpt points nowhere where a run was killed between removing the old checkpoint and setting the link.
         found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()]
-        if not found:
-            return 0
-        path = max(found, key=lambda path: (path.stat().st_mtime, path.name))
-        self.checkpoint = path
-        steps = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-        say(f"resume     {os.path.relpath(path)}, step {steps:,}")
-        return steps
+        for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
+            try:
+                steps = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+            except Exception as error:  # cut off while it was written
+                say(f"resume     {os.path.relpath(path)} cannot be read ({type(error).__name__}), looking further")
+                continue
+            self.checkpoint = path
+            say(f"resume     {os.path.relpath(path)}, step {steps:,}")
+            return steps
+        return 0
 
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""

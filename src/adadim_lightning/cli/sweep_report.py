@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ Summary = Mapping[str, Any]
 MOST_ROWS = 20  # jobs of which all are shown
 BEST = 10  # of more jobs, these
 MOST_ERRORS = 5
+WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 # The first of each that a run has is on its line.
 ON_THE_LINE = (("evaluation/trained_linear_top1", "probe/linear_top1"), ("dynamics/H_R",))
 LABELS = {"evaluation/trained_linear_top1": "linear", "probe/linear_top1": "linear", "dynamics/H_R": "H(R)"}
@@ -177,8 +179,15 @@ def _print_errors(
 
 def _resume(folder: Path, command: Sequence[str]) -> str:
     """The command that does what is left of the sweep."""
-    kept = [shlex.quote(x) for x in command[1:] if not x.startswith(("run_dir=", "resume="))]
-    return " ".join(["adadim-train", *kept, hydra_argument("run_dir", folder), "resume=true"])
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, argument in pairwise(command):
+        if argument.startswith("-") or before in WITH_VALUE:
+            options.append(shlex.quote(argument))
+        elif not argument.startswith(("run_dir=", "resume=")):
+            overrides.append(shlex.quote(argument))
+    # Hydra takes its overrides in one piece.
+    return " ".join(["adadim-train", *options, *overrides, hydra_argument("run_dir", folder), "resume=true"])
 
 
 def job_overrides(summaries: Sequence[Summary]) -> list[list[str]]:
