@@ -167,7 +167,7 @@ def test_failed_job_takes_no_other_down_and_resume_reruns_it_alone(
     assert "2 jobs: 1 ok, 1 failed" in printed.out
     assert printed.err.count("adadim-train: error:") == 1
     assert "Error executing job" not in printed.err
-    long = [line for line in printed.out.splitlines() if len(line) > 80 and str(tmp_path) not in line]
+    long = [line for line in printed.out.splitlines() if len(line) > 80 and tmp_path.name not in line]
     assert not long
     failed, ok = (summary(sweep / name) for name in "01")
     assert failed["status"] == "failed"
