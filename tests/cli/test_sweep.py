@@ -286,7 +286,7 @@ def test_worker_that_dies_ends_a_joblib_sweep_which_can_go_on(tmp_path: Path) ->
     assert "3 jobs: 3 ok" in output
 
 
-def test_checkpoint_that_was_cut_off_is_passed_over(
+def test_checkpoint_that_was_cut_off_is_passed_over_and_no_epoch_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -295,6 +295,10 @@ def test_checkpoint_that_was_cut_off_is_passed_over(
     (folder / "summary.json").write_text(json.dumps(found | {"status": "running"}))
     whole = (folder / "checkpoints" / "last.ckpt").read_bytes()
     (folder / "checkpoints" / "epoch=0001-step=000020.ckpt").write_bytes(whole[: len(whole) // 2])
+    # And it was cut off before the epoch was logged, whose values are in the checkpoint.
+    before = rows(folder)
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[:-1]))
     capsys.readouterr()
     assert run(monkeypatch, folder, "trainer.max_epochs=2", "resume=true") == 0
     output = capsys.readouterr().out
@@ -302,4 +306,5 @@ def test_checkpoint_that_was_cut_off_is_passed_over(
     assert "step 10" in output
     assert summary(folder)["epochs"] == 2
     assert [row["epoch"] for row in rows(folder) if row["loss/total"]] == ["0", "1"]
+    assert rows(folder)[: len(before)] == before
     assert list(np.load(folder / "spectra.npz")["epoch"]) == [0, 1]

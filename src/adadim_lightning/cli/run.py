@@ -200,7 +200,7 @@ class Run:
         callbacks = self._callbacks()
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [
-            metrics_log(self.folder, steps=self._find_checkpoint() if resume else 0),
+            metrics_log(self.folder, *(self._find_checkpoint() if resume else ())),
             *make_loggers(
                 config.get("logger"),
                 folder=self.folder,
@@ -235,20 +235,21 @@ class Run:
         }
         return True
 
-    def _find_checkpoint(self) -> int:
-        """Number of steps behind the last checkpoint, which the fit goes on from; 0 where there is none."""
+    def _find_checkpoint(self) -> tuple[int, Figures]:
+        """Number of steps behind the last checkpoint, which the fit goes on from, and what its epoch logged."""
         # last.ckpt points nowhere where a run was killed between removing the old checkpoint and setting the link.
         found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()]
         for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
             try:
-                steps = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # cut off while it was written
                 say(f"resume     {os.path.relpath(path)} cannot be read ({type(error).__name__}), looking further")
                 continue
-            self.checkpoint = path
+            self.checkpoint, steps = path, int(checkpoint["global_step"])
             say(f"resume     {os.path.relpath(path)}, step {steps:,}")
-            return steps
-        return 0
+            history = checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {})
+            return steps, {key: values[-1] for key, values in history.items()}
+        return 0, {}
 
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
