@@ -257,7 +257,9 @@ def test_killed_sweep_goes_on_where_it_was_also_in_wandb(tmp_path: Path) -> None
 
 def workers(parent: int) -> list[int]:
     """Worker processes of joblib below a process."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True)
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)], capture_output=True, text=True
+    )
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "popen_loky" in line]
 
 
