@@ -1,6 +1,8 @@
 """Sweeps: many runs of one command line, what becomes of them, and how one goes on."""
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -18,8 +20,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from adadim_lightning.cli.app import config_dir, offer_eval_data
+from adadim_lightning.cli.check import hold
 from adadim_lightning.cli.sweep import Sweep, job_key
-from adadim_lightning.run_folder import DIED, read_summary, run_folders, run_lock
+from adadim_lightning.run_folder import DIED, is_running, read_summary, run_folders, run_lock
 from tests.callbacks.wandb_files import wandb_runs
 from tests.cli.test_train import ONE_STEP, run, summary
 from tests.data.pictures import write
@@ -198,6 +201,20 @@ def test_folder_in_use_is_left_alone(
     died = read_summary(tmp_path / "0")
     assert died is not None
     assert (died["status"], died["error"]) == ("failed", DIED)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_disk_without_locks_tells_a_living_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not is_running(tmp_path)
+    with hold(tmp_path):
+        assert is_running(tmp_path)
+        with pytest.raises(ValueError, match="is in use"), hold(tmp_path):
+            pass
+    assert not is_running(tmp_path)
 
 
 def test_finished_run_is_not_run_again(
