@@ -144,15 +144,6 @@ class WandbPanels(DynamicsPlot):
             values = {_key(monitor.name, "plane"): plane, _key(monitor.name, "pictures/dynamics"): picture}
             _log(trainer, values, epoch)
 
-    def _history_of(self, monitor: DimensionMonitor) -> dict[str, np.ndarray[Any, Any]]:
-        """The columns of one monitor, under names without its prefix."""
-        prefix = f"{monitor.name}/" if monitor.name else ""
-        epochs = len(self.history["epoch"])
-        return {
-            key.removeprefix(prefix): np.asarray(values + [float("nan")] * (epochs - len(values)))
-            for key, values in self.history.items()
-        }
-
 
 def _key(prefix: str | None, name: str) -> str:
     return f"{prefix}/{name}" if prefix else name

@@ -62,13 +62,16 @@ class DynamicsPlot(Callback):
         spectra = stack_spectra(monitors[0])
         with (folder / "spectra.npz").open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **spectra)
-        prefix = f"{monitors[0].name}/" if monitors[0].name else ""
+        draw_dynamics(self._history_of(monitors[0]), spectra).savefig(folder / "dynamics.png", dpi=120)
+
+    def _history_of(self, monitor: DimensionMonitor) -> dict[str, np.ndarray[Any, Any]]:
+        """The columns of one monitor, under names without its prefix."""
+        prefix = f"{monitor.name}/" if monitor.name else ""
         epochs = len(self.history["epoch"])
-        history = {
+        return {
             key.removeprefix(prefix): np.asarray(values + [float("nan")] * (epochs - len(values)))
             for key, values in self.history.items()
         }
-        draw_dynamics(history, spectra).savefig(folder / "dynamics.png", dpi=120)
 
     def state_dict(self) -> dict[str, Any]:
         """The history."""
