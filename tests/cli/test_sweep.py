@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -232,6 +233,9 @@ def test_killed_sweep_goes_on_where_it_was_also_in_wandb(tmp_path: Path) -> None
     sweep = tmp_path / "runs"
     command = ("-m", f"--config-dir={tmp_path}", "sweep=mine", "trainer.max_epochs=6", f"run_dir={sweep}")
     command += ("logger=wandb", "logger.wandb.mode=offline")
+    # A program that starts runs may share its wandb service with them, and that outlives the run that is killed.
+    wandb.setup()
+    assert "WANDB_SERVICE" in os.environ
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "mine.yaml").write_text(
         "# @package _global_\nhydra: {sweeper: {params: {seed: '0,1'}}}\n"

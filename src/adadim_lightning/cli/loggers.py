@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,6 @@ WANDB_ENVIRONMENT = {
     "job_type": "WANDB_JOB_TYPE",
     "name": "WANDB_NAME",
 }
-ID_IS_FREE_AFTER = 60  # seconds
 WANDB_LABEL = 128  # characters that wandb allows
 MLFLOW_RUN_ID = "adadim.run_id"
 
@@ -114,6 +112,8 @@ def _wandb(key: str, node: Mapping[str, Any], labels: Mapping[str, Any], folder:
 
     # Left alone, wandb talks at length, and takes hold of stdout.
     quiet = wandb.Settings(silent=True, console="off")
+    # With a service of its own: that of a parent process may still hold this run, if an earlier part was killed.
+    os.environ.pop("WANDB_SERVICE", None)
     wandb.setup(settings=quiet)
     mode, reason = _wandb_mode(key, node.get("mode") or "auto")
     wanted = {
@@ -129,7 +129,7 @@ def _wandb(key: str, node: Mapping[str, Any], labels: Mapping[str, Any], folder:
 @rank_zero_only
 def _begin_wandb(logger: Any, node: Mapping[str, Any], folder: Path, mode: str, reason: str) -> None:
     """Begin the run, say where it is, and log what led to it."""
-    run = _begun(logger)
+    run = logger.experiment
     if mode == "offline":
         files = os.path.relpath(Path(run.dir).parents[1])
         say(f"wandb      offline ({reason}); to upload it:\n{'':11}wandb sync {files}/offline-run-*")
@@ -143,18 +143,6 @@ def _begin_wandb(logger: Any, node: Mapping[str, Any], folder: Path, mode: str, 
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         trust = config.get("trust") if isinstance(config, dict) else None
         _log_artifact(run, "code", dict(_sources(["adadim_lightning", *(trust or ())])))
-
-
-def _begun(logger: Any) -> Any:
-    """The run of a logger; the part of it that was killed a moment ago may hold its id for some seconds."""
-    until = time.monotonic() + ID_IS_FREE_AFTER
-    while True:
-        try:
-            return logger.experiment
-        except Exception as error:
-            if "is in use" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(1)
 
 
 def _wandb_mode(key: str, wanted: str) -> tuple[str, str]:

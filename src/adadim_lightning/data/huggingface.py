@@ -334,7 +334,7 @@ class ImageStream(IterableDataset[Any]):
         max_unreadable: int,
     ) -> None:
         self.table = table
-        self.shuffled = table.shuffle(seed=0, buffer_size=shuffle_buffer) if shuffle_buffer > 1 else table
+        self.shuffle_buffer = shuffle_buffer
         self.image = image
         self.label = label
         self.classes = classes
@@ -356,12 +356,14 @@ class ImageStream(IterableDataset[Any]):
         return self._decoded(self.table)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        table = self.shuffled
+        table = self.table
+        if self.shuffle_buffer > 1:
+            # Not by set_epoch: workers share that number, and adding to it at once makes it wrong.
+            table = table.shuffle(seed=self.epoch, buffer_size=self.shuffle_buffer)
         if world_size() > 1:
             from datasets.distributed import split_dataset_by_node
 
             table = split_dataset_by_node(table, torch.distributed.get_rank(), world_size())
-        table.set_epoch(self.epoch)
         self.epoch += 1
         self.unreadable = 0
         return self._decoded(table)
