@@ -234,6 +234,7 @@ def test_killed_sweep_goes_on_where_it_was_also_in_wandb(tmp_path: Path) -> None
     command = ("-m", f"--config-dir={tmp_path}", "sweep=mine", "trainer.max_epochs=6", f"run_dir={sweep}")
     command += ("logger=wandb", "logger.wandb.mode=offline")
     # A program that starts runs may share its wandb service with them, and that outlives the run that is killed.
+    wandb.teardown()
     wandb.setup()
     assert "WANDB_SERVICE" in os.environ
     (tmp_path / "sweep").mkdir()
