@@ -41,6 +41,10 @@ class Throughput(Callback):
         """The rate since the epoch began."""
         return self._images * world_size() / self._seconds
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock where the fit goes on within an epoch, which is not announced."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()

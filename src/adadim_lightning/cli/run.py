@@ -16,11 +16,13 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from adadim_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_output, in_main_process
 from adadim_lightning.cli.app import INTERRUPTED, one_line
@@ -216,6 +218,7 @@ class Run:
             precision=trainer.get("precision") or best_precision(trainer.get("accelerator", "auto")),
             logger=loggers,
             callbacks=callbacks,
+            plugins=_plugins(),
             default_root_dir=str(self.folder),
             # Left alone, Lightning adds a bar of its own beside our plain lines.
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
@@ -306,7 +309,7 @@ class Run:
         """Train."""
         assert self.trainer is not None
         try:
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
         except Exception as error:
             # Slurm sends SIGTERM to all processes of a job: without its loader's workers, or submitit's call of
             # scontrol, the training fails, but that is no fault of its own.
@@ -333,6 +336,12 @@ class Run:
             self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
         for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
             logger.log_metrics(self.evaluation, step=self.trainer.global_step)
+
+
+def _plugins() -> list[Any]:
+    """How checkpoints are written, and that a job is not requeued in the middle of a step."""
+    environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [AtomicCheckpointIO(), *environment]
 
 
 def _two_lines(key: str, data: ImageData) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
+from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
 from adadim_lightning.data.views import TwoViews
 from adadim_lightning.functional._numeric import check_integer
 
@@ -65,6 +66,9 @@ class ImageData(LightningDataModule):
         self.views = views
         self.batch_size = batch_size
         self.title = title
+        self._loader: TrainingLoader | None = None
+        self._resumed: dict[str, int] = {}
+        self._seed = 0
         decodes = views.on_host or not isinstance(train, MemoryImages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = (min(cores, 8) if decodes else 0) if num_workers is None else num_workers
@@ -126,19 +130,41 @@ class ImageData(LightningDataModule):
                 if isinstance(images, MemoryImages) and images.images.numel() <= MOST_ON_DEVICE:
                     images.images = images.images.to(device)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches."""
-        in_workers = self._in_workers()
-        source: Dataset[Any] = HostViews(self.train, self.views) if self.views.on_host else self.train
+    def train_dataloader(self) -> TrainingLoader:
+        """Shuffled training batches, each epoch in another order, which the seed of the run decides."""
+        views = self.views if self._in_workers() else None
+        processes, rank, seed = 1, 0, torch.initial_seed()
+        if self.trainer is not None:
+            processes, rank = self.trainer.world_size, self.trainer.global_rank
+            seed = self.trainer.strategy.broadcast(seed)
+        seed = self._resumed.get("seed", seed)
+        self._seed = hash((seed, rank)) % 2**63
+        source: Shuffled | Streamed
         if isinstance(self.train, IterableDataset):
-            source = self.train if not self.views.on_host else StreamedHostViews(self.train, self.views)
-        return self._loader(
-            source,
-            self.batch_size,
-            collate_fn=_Collate(self.views if in_workers else None),
-            shuffle=None if isinstance(self.train, IterableDataset) else True,
-            drop_last=True,
-        )
+            source, order = Streamed(self.train, views, self.batch_size, self._seed), None
+        else:
+            source = Shuffled(self.train, views, seed)
+            order = ShuffledOrder(len(self.train), self.batch_size, processes, rank)
+        self._loader = TrainingLoader(source, order=order, taken=self._taken, **self._options(self.train, views))
+        if self._resumed:
+            self._loader.load_state_dict(self._resumed)
+            self._resumed = {}
+        return self._loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch to train on."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from :meth:`state_dict`."""
+        # Lightning restores a loader by itself only where nothing has asked for the number of steps before.
+        self._resumed = dict(state_dict)
+
+    def _taken(self) -> Place:
+        if self.trainer is None:
+            raise ValueError("only a loader that a trainer reads knows how far it was read")
+        loop = self.trainer.fit_loop
+        return Place(loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out batches; none without labels."""
@@ -153,25 +179,26 @@ class ImageData(LightningDataModule):
             images: the training or the held-out set, or another.
             clean: normalized images instead of uint8.
         """
-        return self._loader(
+        prepare = self.views.clean if clean else None
+        return DataLoader(
             images,
             max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(self.image_shape[1:]))),
-            collate_fn=_Collate(self.views.clean if clean else None),
+            collate_fn=_Collate(prepare),
+            **self._options(images),
         )
 
-    def _loader(self, source: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+    def _options(self, source: Dataset[Any], views: TwoViews | None = None) -> dict[str, Any]:
+        """How a loader reads images."""
         # Images in memory are indexed faster than sent, and images on a GPU cannot be sent.
-        views = isinstance(options["collate_fn"].prepare, TwoViews)
-        workers = 0 if isinstance(source, MemoryImages) and not views else self.num_workers
+        workers = 0 if isinstance(source, MemoryImages) and views is None else self.num_workers
         on_device = isinstance(source, MemoryImages) and source.images.is_cuda
-        return DataLoader(
-            source,
-            batch_size=batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available() and not on_device,
-            **options,
-        )
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available() and not on_device,
+            # The numbers that torch draws for its workers would move the random state of the model.
+            "generator": torch.Generator().manual_seed(0),
+        }
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Make the views, or the clean images, on the device."""
@@ -180,7 +207,8 @@ class ImageData(LightningDataModule):
             return images, labels  # the workers have made the views
         assert self.trainer is not None
         if self.trainer.training:
-            return self.views(images), labels
+            with seeded(self._seed, *self._taken(), device=images.device):
+                return self.views(images), labels
         return self.views.clean(images), labels
 
     def teardown(self, stage: str) -> None:
@@ -196,43 +224,11 @@ class ImageData(LightningDataModule):
 
 
 class _Collate:
-    """Makes a batch of what a worker has read: stacked already, or items of a stream."""
+    """Hands on a batch that is stacked already, prepared."""
 
-    def __init__(self, prepare: Any) -> None:
+    def __init__(self, prepare: Callable[[Tensor], Tensor] | None) -> None:
         self.prepare = prepare
 
-    def __call__(self, batch: Any) -> Any:
-        if isinstance(batch, list):
-            batch = default_collate(batch)
-            if isinstance(batch[0], list):  # two views, one image at a time
-                return tuple(batch[0]), batch[1]
+    def __call__(self, batch: Batch) -> Batch:
         images, labels = batch
         return (images if self.prepare is None else self.prepare(images)), labels
-
-
-class HostViews(Dataset[Any]):
-    """Two views of each image, made one image at a time, from its own size where the views have one of theirs."""
-
-    def __init__(self, images: ImageSet | Any, views: TwoViews) -> None:
-        self.images = images
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """Two views of an image, and its label."""
-        pixels, label = self.images[index] if self.views.size is None else self.images.pixels(index)
-        return self.views.of_one(pixels), int(label)
-
-
-class StreamedHostViews(IterableDataset[Any]):
-    """Two views of each image of a stream."""
-
-    def __init__(self, images: IterableDataset[Any], views: TwoViews) -> None:
-        self.images = images
-        self.views = views
-
-    def __iter__(self) -> Iterator[Any]:
-        for pixels, label in self.images:
-            yield self.views.of_one(pixels), label

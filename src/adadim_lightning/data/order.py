@@ -1,0 +1,227 @@
+"""Training batches as a function of the seed and of their place: any of them can be the next one again."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+
+from adadim_lightning.data.images import ImageSet
+from adadim_lightning.data.views import TwoViews
+
+
+class Place(NamedTuple):
+    """Where a training is: batches of an epoch that were taken."""
+
+    epoch: int
+    batches: int
+
+
+@contextmanager
+def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers that depend on some integers alone; those of the outside go on as if nothing were drawn.
+
+    Args:
+        numbers: what tells these random numbers from all others.
+        device: a GPU whose random numbers are wanted too.
+    """
+    seed = hash(numbers) % 2**63
+    states = random.getstate(), np.random.get_state()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class ShuffledOrder(DistributedSampler[int]):
+    """Positions of a process's images in an endless training: ``epoch * images + place in the epoch``.
+
+    The steps of all processes together read the epoch from its beginning, whatever their number, and the last,
+    incomplete global batch is left out. :class:`Shuffled` knows which image is at a position.
+
+    Args:
+        images: number of images.
+        batch_size: images of a step and process.
+        processes: number of processes.
+        rank: of this process.
+    """
+
+    def __init__(self, images: int, batch_size: int, processes: int, rank: int) -> None:
+        # Its kind, so that Lightning leaves it in its place; nothing else is inherited.
+        super().__init__(range(images), processes, rank)  # type: ignore[arg-type]
+        self.images = images
+        self.batch_size = batch_size
+        self.first_step = 0
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of an epoch."""
+        return self.images // (self.batch_size * self.num_replicas)
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.first_step, self.steps):
+            place = (step * self.num_replicas + self.rank) * self.batch_size
+            yield from range(self.epoch * self.images + place, self.epoch * self.images + place + self.batch_size)
+
+
+def _views_of(images: Sequence[Tensor], views: TwoViews, *numbers: int) -> tuple[Tensor, Tensor]:
+    """Both views of some images of any sizes, one image at a time, the random numbers told apart by ``numbers``."""
+    pairs = []
+    for i, image in enumerate(images):
+        with seeded(*numbers, i):
+            pairs.append(views.of_one(image))
+    view1, view2 = (torch.stack(x) for x in zip(*pairs, strict=True))
+    return view1, view2
+
+
+class Shuffled(Dataset[Any]):
+    """Training batches by the positions of their images, in another order each epoch.
+
+    Args:
+        images: the training images.
+        views: makes both views; None leaves that to others.
+        seed: of the order and of the views.
+    """
+
+    def __init__(self, images: ImageSet, views: TwoViews | None, seed: int) -> None:
+        self.images = images
+        self.views = views
+        self.seed = seed
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.images))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        return int(self._order[1][place])
+
+    def __getitems__(self, positions: Sequence[int]) -> Any:
+        """The batch at these positions: images, or both views of them, and their labels."""
+        indices, views = [self._index(position) for position in positions], self.views
+        if views is None:
+            return self.images.__getitems__(indices)
+        if views.on_host:
+            # From an image's own size, where the views have a size of theirs.
+            read = self.images.__getitem__ if views.size is None else self.images.pixels
+            images, labels = zip(*map(read, indices), strict=True)
+            return _views_of(images, views, self.seed, positions[0]), torch.tensor(labels)
+        images, labels = self.images.__getitems__(indices)
+        with seeded(self.seed, positions[0]):
+            return views(images), labels
+
+
+class Streamed(IterableDataset[Any]):
+    """Training batches of a stream; each iteration is the next epoch.
+
+    Args:
+        images: pairs of a uint8 image and a label.
+        views: makes both views; None leaves that to others.
+        batch_size: images of a step and process; those that fill no batch are left out.
+        seed: of the views.
+    """
+
+    def __init__(self, images: IterableDataset[Any], views: TwoViews | None, batch_size: int, seed: int) -> None:
+        self.images = images
+        self.views = views
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        # Workers that live on have each a copy of this, and count for themselves.
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        if hasattr(self.images, "epoch"):
+            self.images.epoch = epoch
+        worker = get_worker_info()
+        items = iter(self.images)
+        for i in count():
+            batch = list(islice(items, self.batch_size))
+            if len(batch) < self.batch_size:
+                return
+            yield self._batch(batch, self.seed, epoch, worker.id if worker else 0, i)
+
+    def _batch(self, batch: list[tuple[Tensor, int]], *numbers: int) -> Any:
+        images, labels = zip(*batch, strict=True)
+        known = torch.as_tensor(labels)
+        if self.views is not None and self.views.on_host:
+            return _views_of(images, self.views, *numbers), known
+        stacked = torch.stack(images)
+        if self.views is None:
+            return stacked, known
+        with seeded(*numbers):
+            return self.views(stacked), known
+
+
+class TrainingLoader(DataLoader[Any]):
+    """Training batches that can go on after any of them; each iteration is the next epoch.
+
+    Args:
+        dataset: what is read; of a stream, what was trained on already is read again.
+        order: in which order; None for a stream.
+        taken: says which epoch is begun or gone on with next, and how many of its batches were trained on.
+        options: of ``torch.utils.data.DataLoader``.
+    """
+
+    dataset: Shuffled | Streamed
+
+    def __init__(
+        self,
+        dataset: Shuffled | Streamed,
+        *,
+        order: ShuffledOrder | None,
+        taken: Callable[[], Place],
+        **options: Any,
+    ) -> None:
+        if order is not None:
+            options |= {"sampler": order, "batch_size": order.batch_size, "collate_fn": _as_it_is}
+        super().__init__(dataset, **{"batch_size": None, **options})
+        self.order = order
+        self.taken = taken
+        self.next = Place(0, 0)
+
+    def __iter__(self) -> Any:
+        epoch, batches = self.next
+        self.next = Place(epoch + 1, 0)
+        if self.order is None:
+            return islice(super().__iter__(), batches, None) if batches else super().__iter__()
+        self.order.set_epoch(epoch)
+        self.order.first_step = batches
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed and the place."""
+        epoch, batches = self.taken()
+        # Of an epoch that no iteration has begun, nothing was taken: the number is that of the one before.
+        return {"seed": self.dataset.seed, "epoch": epoch, "batches": batches if epoch < self.next.epoch else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from :meth:`state_dict`; call it before the first iteration."""
+        self.dataset.seed = state["seed"]
+        self.next = Place(state["epoch"], state["batches"])
+        if isinstance(self.dataset, Streamed):
+            self.dataset.epoch = state["epoch"]
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Batches are whole already."""
+    return batch
