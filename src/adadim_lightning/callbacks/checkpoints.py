@@ -64,7 +64,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class RunCheckpoints(Checkpoint):
-    """Writes all that a run needs to go on exactly: at intervals, at each epoch's end, and when it is told to stop.
+    """Writes all that a run needs to go on exactly: at intervals, at the end of epochs, and when told to stop.
 
     Beside what Lightning puts in, a checkpoint holds for each process the state of the random numbers of Python,
     NumPy and torch, the sums behind the means of the epoch that are logged, and the gradients that were

@@ -81,7 +81,7 @@ class ShuffledOrder(DistributedSampler[int]):
 
 
 def _views_of(images: Sequence[Tensor], views: TwoViews, *numbers: int) -> tuple[Tensor, Tensor]:
-    """Both views of some images of any sizes, one image at a time, the random numbers told apart by ``numbers``."""
+    """Both views of some images of any sizes, one image at a time; the random numbers are those of ``numbers``."""
     pairs = []
     for i, image in enumerate(images):
         with seeded(*numbers, i):
