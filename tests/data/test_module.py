@@ -141,7 +141,7 @@ def test_views_can_be_sent_to_a_worker(backend: str) -> None:
     host = TwoViews(RECIPE, mean=[0.5] * 3, std=[0.5] * 3, backend=backend)
     loader = ImageData(memory(), None, views=host, batch_size=4, num_workers=1).train_dataloader()
     train, collate = pickle.loads(ForkingPickler.dumps((loader.dataset, loader.collate_fn)))
-    (view1, view2), _ = collate(train.__getitems__([0, 1]) if backend == "kornia" else [train[0], train[1]])
+    (view1, view2), _ = collate(train.__getitems__([0, 1]))
     assert view1.shape == view2.shape == (2, 3, 12, 12)
 
 
