@@ -1,7 +1,7 @@
 """Lightning callbacks that measure, steer, probe and draw."""
 
 from adadim_lightning.callbacks.adadim import AdaDim
-from adadim_lightning.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
+from adadim_lightning.callbacks.checkpoints import RunCheckpoints
 from adadim_lightning.callbacks.monitor import DimensionMonitor
 from adadim_lightning.callbacks.panels import WandbPanels
 from adadim_lightning.callbacks.plots import DynamicsPlot
@@ -10,7 +10,6 @@ from adadim_lightning.callbacks.progress import Throughput, progress_callback
 
 __all__ = [
     "AdaDim",
-    "AtomicCheckpointIO",
     "DimensionMonitor",
     "DynamicsPlot",
     "OnlineKNN",

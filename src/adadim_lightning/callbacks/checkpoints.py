@@ -3,16 +3,17 @@
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -25,38 +26,17 @@ from adadim_lightning.guard import NonFiniteError
 
 KEY = "adadim_processes"
 SUFFIX = ".ckpt"
+UNFINISHED = ".tmp"
 SUMS = ("value", "cumulated_batch_size")
+SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 CLOCK_STEPS = 16  # between two looks at the clock that several processes agree on
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all: to a file beside it, to the disk, and only then to its name."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; what has its name stays until the new one is whole."""
-        if "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-        return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the system can do that."""
-    if os.name != "posix":
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk; of folders, where the system can do that."""
+    if path.is_dir() and os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -72,8 +52,11 @@ class RunCheckpoints(Checkpoint):
     on their place alone, a resumed run ends with the weights and figures, to the bit, of one that was never cut
     off, on the same machine and with as many processes.
 
-    At SIGTERM it writes one after the step that is under way, or within the validation; at SIGUSR1 (on Slurm: the
-    job's time is nearly up) too, and then calls whoever handled that signal before.
+    A checkpoint is written whole or not at all: under another name, to the disk, and only then to its own.
+
+    At SIGTERM it writes one after the step or the validation that is under way, and the run stops. At SIGUSR1 and
+    SIGUSR2 (a cluster says that the job's time is nearly up) it writes one too, and then calls whoever handled the
+    signal before.
 
     Args:
         dirpath: folder to write to; by default ``checkpoints`` in that of the first logger or the trainer.
@@ -106,9 +89,9 @@ class RunCheckpoints(Checkpoint):
         self._folder = Path()
         self._saved_at = 0.0
         self._saved_step = 0
-        self._signaled = False
+        self._signal: int | None = None
         self._epoch_is_over = False
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
         self._restored: Mapping[str, Any] | None = None
         self._logged: dict[str, Mapping[str, Tensor]] = {}
 
@@ -120,29 +103,29 @@ class RunCheckpoints(Checkpoint):
         self._folder = self.dirpath or Path(folder) / "checkpoints"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to SIGUSR1, and start the clock."""
+        """Listen to the signals, and start the clock."""
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._signaled = False
-        if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGUSR1, self._on_signal)
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._signaled = True
+        self._signal = number
 
     def _stop_listening(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR1, self._handler)
-        self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave SIGUSR1 to others."""
+        """Leave the signals to others."""
         self._stop_listening()
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         if self.every_n_steps is not None and step - self._saved_step >= self.every_n_steps:
             return True
-        due = self._signaled or time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        due = self._signal is not None or time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         if world_size() == 1:
             return due
         # All processes have to agree, which takes a message.
@@ -156,10 +139,7 @@ class RunCheckpoints(Checkpoint):
         # What follows the last batch ends with a checkpoint of its own.
         if not trainer.is_last_batch and self._is_due(trainer):
             self._save(trainer)
-            if self._signaled:
-                self._signaled = False
-                if callable(self._handler):
-                    self._handler(signal.SIGUSR1, None)
+            self._hand_on()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""
@@ -168,31 +148,50 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer)
         finally:
             self._epoch_is_over = False
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Call who handled the signal that has come."""
+        number, self._signal = self._signal, None
+        handler = self._handlers.get(number) if number is not None else None
+        if callable(handler):
+            handler(number, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was told to stop."""
         self._stop_listening()
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
-            try:
+            with suppress(NonFiniteError):  # the last one is from before the first bad step
                 self._save(trainer)
-            except NonFiniteError:
-                pass  # the last one is from before the first bad step
 
     # What.
 
     def _save(self, trainer: Trainer) -> None:
         name = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}{SUFFIX}"
-        trainer.save_checkpoint(self._folder / name)
+        temporary = self._folder / f"{name}{UNFINISHED}"
+        try:
+            trainer.save_checkpoint(temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._publish(temporary, name)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._tidy(name)
 
     @rank_zero_only
-    def _tidy(self, name: str) -> None:
-        """Point to the newest, and remove those that are too many."""
-        link = self._folder / f".last.{os.getpid()}"
+    def _publish(self, temporary: Path, name: str) -> None:
+        """Give a whole checkpoint its name, point to it, and remove those that are too many."""
+        sync(temporary)
+        os.replace(temporary, self._folder / name)
+        link = self._folder / f"last{SUFFIX}{UNFINISHED}"
         link.unlink(missing_ok=True)
-        link.symlink_to(name)
+        try:
+            link.symlink_to(name)
+        except OSError:  # a disk without links
+            shutil.copyfile(self._folder / name, link)
         os.replace(link, self._folder / f"last{SUFFIX}")
+        sync(self._folder)
+        for path in self._folder.glob(f"*{SUFFIX}{UNFINISHED}"):  # of a run that was killed while it wrote
+            path.unlink(missing_ok=True)
         written = sorted(self._folder.glob(f"epoch=*{SUFFIX}"), key=lambda path: (path.stat().st_mtime, path.name))
         for path in written[: -self.keep]:
             path.unlink(missing_ok=True)

@@ -35,7 +35,8 @@ class DynamicsPlot(Callback):
         """Note the epoch's logged values."""
         epochs = len(self.history.setdefault("epoch", []))
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        for key, value in {**values, "epoch": float(trainer.current_epoch)}.items():
+        values |= {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step - 1)}
+        for key, value in values.items():
             column = self.history.setdefault(key, [])
             column += [float("nan")] * (epochs - len(column)) + [value]
 

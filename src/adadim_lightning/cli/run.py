@@ -16,15 +16,14 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from adadim_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from adadim_lightning.callbacks.probes import OnlineProbe
 from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_output, in_main_process
+from adadim_lightning.cli import slurm
 from adadim_lightning.cli.app import INTERRUPTED, one_line
 from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.check import check_config, check_unused, hold
@@ -39,12 +38,11 @@ from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
+from adadim_lightning.pretrained import CheckpointError, read_state
 from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
-REQUEUED = -1  # with which submitit ends a job that it has had requeued
-GRACE_S = 3600  # more than Slurm leaves a job between SIGTERM and SIGKILL
 
 MOST_EVALUATED = 5000  # images of the closing evaluation; adadim-evaluate takes them all
 MOST_RAW_PIXELS = 1024
@@ -80,9 +78,8 @@ def train(
         with hold(folder):
             return _train(config, folder, list(overrides), resume, job)
     except SystemExit as stop:
-        if stop.code == TERMINATED and "SLURM_JOB_ID" in os.environ:
-            # Slurm requeues a pre-empted job that it had to kill; one that ends by itself counts as failed.
-            time.sleep(GRACE_S)
+        if stop.code == TERMINATED:
+            slurm.wait_for_the_end()
         raise
 
 
@@ -124,7 +121,7 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         summary |= {"status": "failed", "error": one_line(error)}
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
-        terminated = isinstance(stop, SIGTERMException) or stop.args == (REQUEUED,)
+        terminated = isinstance(stop, SIGTERMException) or stop.args == (slurm.REQUEUED,)
         summary |= {"status": "stopped", "error": f"interrupted by {'SIGTERM' if terminated else 'Ctrl-C'}"}
         say_stopped(folder, run.epochs)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
@@ -218,7 +215,7 @@ class Run:
             precision=trainer.get("precision") or best_precision(trainer.get("accelerator", "auto")),
             logger=loggers,
             callbacks=callbacks,
-            plugins=_plugins(),
+            plugins=slurm.plugins(),
             default_root_dir=str(self.folder),
             # Left alone, Lightning adds a bar of its own beside our plain lines.
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
@@ -232,26 +229,38 @@ class Run:
             instantiate(config.get("lr_schedule"), _convert_="all"),
             channels_last=bool(config.get("channels_last")),
         )
+        origin = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(origin, dict)
+        del origin["resume"]  # how often a run was cut off leaves no trace
         self.module.origin = {
-            "config": OmegaConf.to_container(config, resolve=True),
+            "config": origin,
             "image_shape": list(image.shape),
         }
         return True
 
-    def _find_checkpoint(self) -> tuple[int, Figures]:
-        """Number of steps behind the last checkpoint, which the fit goes on from, and what its epoch logged."""
+    def _find_checkpoint(self) -> tuple[int, dict[str, list[float]]]:
+        """Number of steps behind the last checkpoint, which the fit goes on from, and what its epochs logged."""
         # last.ckpt points nowhere where a run was killed between removing the old checkpoint and setting the link.
-        found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()]
+        found = {path.resolve() for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()}
         for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
             try:
-                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # cut off while it was written
-                say(f"resume     {os.path.relpath(path)} cannot be read ({type(error).__name__}), looking further")
+                checkpoint = read_state(path)
+                if "global_step" not in checkpoint:
+                    raise CheckpointError(f"{path} cannot be read: it is no checkpoint of a run")
+            except CheckpointError as error:
+                say(f"resume     {error}; looking further")
                 continue
+            was = checkpoint.get("adadim", {}).get("config", {}).get("optimizer", {}).get("_target_")
+            if was not in (None, self.config.optimizer.get("_target_")):
+                raise ValueError(f"the run was begun with the optimizer {was}; another cannot go on with its state")
             self.checkpoint, steps = path, int(checkpoint["global_step"])
             say(f"resume     {os.path.relpath(path)}, step {steps:,}")
-            history = checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {})
-            return steps, {key: values[-1] for key, values in history.items()}
+            return steps, checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {})
+        if found:
+            raise ValueError(
+                f"no checkpoint in {os.path.relpath(self.folder)} can be read; to begin anew, remove its folder "
+                "checkpoints"
+            )
         return 0, {}
 
     def _callbacks(self) -> list[Callback]:
@@ -308,6 +317,7 @@ class Run:
     def fit(self) -> None:
         """Train."""
         assert self.trainer is not None
+        slurm.requeue_when_told()
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
         except Exception as error:
@@ -336,12 +346,6 @@ class Run:
             self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
         for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
             logger.log_metrics(self.evaluation, step=self.trainer.global_step)
-
-
-def _plugins() -> list[Any]:
-    """How checkpoints are written, and that a job is not requeued in the middle of a step."""
-    environment = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [AtomicCheckpointIO(), *environment]
 
 
 def _two_lines(key: str, data: ImageData) -> str:

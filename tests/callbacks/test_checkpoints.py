@@ -1,0 +1,222 @@
+"""Checkpoints: when they are written, that they are whole, and that a run goes on from them to the bit."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from adadim_lightning import AdaDim, AdaDimLoss, Balance, EffectiveRankSchedule, OnlineKNN, OnlineLinearProbe
+from adadim_lightning.callbacks import RunCheckpoints
+from adadim_lightning.data import ImageData
+from tests.helpers import OneCallPerView, all_digits, fit, some_digits, tiny_module, two_noisy_views
+from tests.reliability.runs import flat, same
+
+STEPS = 3  # of an epoch of `some_digits`
+
+
+class StopError(Exception):
+    """Ends a fit."""
+
+
+class At(Callback):
+    """Does something after a step, counted from 1."""
+
+    def __init__(self, step: int, act: Callable[[], Any]) -> None:
+        self.step = step
+        self.act = act
+        self.seen = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            self.act()
+
+
+def stop() -> None:
+    raise StopError
+
+
+class Draws(Callback):
+    """Moves the random state of Python, NumPy and torch, and lets the loss know."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        drawn = random.random() + np.random.rand() + float(torch.rand(()))
+        (view1, _), _ = batch
+        view1.mul_(1 + 0.01 * drawn)
+        pl_module.log("drawn", drawn, on_step=False, on_epoch=True, batch_size=1)
+
+
+class DigitStream(IterableDataset[Any]):
+    """Digits as a stream, each epoch in another order."""
+
+    epoch = 0
+
+    def __iter__(self):
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(self.epoch))
+        images = all_digits().train
+        return iter([(images.images[i], int(images.labels[i])) for i in order])
+
+
+def stream() -> ImageData:
+    return ImageData(DigitStream(), some_digits().test, views=two_noisy_views(), batch_size=32)
+
+
+def in_a_worker() -> ImageData:
+    data = some_digits()
+    return ImageData(data.train, data.test, views=data.views, batch_size=32, num_workers=1)
+
+
+def with_dropout() -> LightningModule:
+    module = tiny_module(objective=AdaDimLoss(gamma=0.3, kappa="match"))
+    module.backbone.append(nn.Dropout(0.2))
+    return module
+
+
+def adadim(**options: Any) -> AdaDim:
+    balance = Balance(EffectiveRankSchedule(), every_n_steps=2, window=64)
+    return AdaDim(balance=balance, every_n_steps=2, window=64, **options)
+
+
+def steers_a_foreign_loss() -> AdaDim:
+    return adadim(representation="encoder", embedding="projector", native_loss="dimension_contrastive")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "images in memory": {},
+    "views in a worker": {"data": in_a_worker},
+    "a stream": {"data": stream},
+    "accumulated gradients": {"fit": {"accumulate_grad_batches": 2}},
+    "a foreign module": {"module": OneCallPerView, "adadim": steers_a_foreign_loss, "probes": list},
+}
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return dict(flat(torch.load(folder / "last.ckpt", weights_only=True)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "cut"),
+    [("images in memory", cut) for cut in (STEPS, STEPS + 1)] + [(x, y) for x in VARIANTS for y in (2, STEPS + 2)],
+)
+def test_run_cut_off_after_any_step_goes_on_to_the_bit(variant: str, cut: int, tmp_path: Path) -> None:
+    options = VARIANTS[variant]
+    make, data = options.get("module", with_dropout), options.get("data", some_digits)
+
+    def run(folder: Path, seed: int, *more: Callback, **resume: Any) -> None:
+        random.seed(seed)
+        np.random.seed(seed)
+        module = make()
+        torch.manual_seed(seed)
+        callbacks = [
+            options.get("adadim", adadim)(),
+            *options.get("probes", lambda: [OnlineLinearProbe(), OnlineKNN(k=5)])(),
+            Draws(),
+            RunCheckpoints(folder, every_n_minutes=0),
+        ]
+        fit(module, data(), *callbacks, *more, max_epochs=2, **options.get("fit", {}), **resume)
+
+    run(tmp_path / "whole", 7)
+    # The step's own checkpoint is written after this, so the run goes on from the one before.
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", 7, At(cut, stop))
+    run(tmp_path / "cut", 8, ckpt_path=tmp_path / "cut" / "last.ckpt")
+    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert [key for key in whole.keys() | resumed.keys() if not same(whole.get(key), resumed.get(key))] == []
+
+
+def written(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder; nothing else may be in it but the link to the last."""
+    found = sorted(path.name for path in folder.iterdir() if not path.is_symlink())
+    steps = [int(name.removesuffix(".ckpt").rpartition("step=")[2]) for name in found]
+    assert (folder / "last.ckpt").resolve().name == found[-1]
+    return steps
+
+
+def train(*callbacks: Callback, **options: Any) -> None:
+    fit(tiny_module(), some_digits(), *callbacks, max_epochs=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"every_n_steps": 2, "keep": 9}, [2, 3, 5, 6]),
+        ({"every_n_steps": 2}, [5, 6]),
+        ({"keep": 1}, [6]),
+        ({"keep": 9}, [3, 6]),
+        ({"every_n_minutes": 0, "keep": 9}, [1, 2, 3, 4, 5, 6]),
+        ({"every_n_minutes": None, "keep": 9}, [3, 6]),
+    ],
+)
+def test_checkpoints_come_at_intervals_and_ends_of_epochs_and_the_last_are_kept(
+    options: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    train(RunCheckpoints(tmp_path, **options))
+    assert written(tmp_path) == expected
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"every_n_minutes": -1}, {"keep": 0}, {"keep": 1.5}])
+def test_interval_that_is_none_is_an_error(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be .*got"):
+        RunCheckpoints(**options)
+
+
+class Unwritable(Callback):
+    """Puts something into a checkpoint, at one step, that fails in the middle of its file."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == 2:
+            checkpoint["zzz"] = threading.Lock()
+
+
+def test_checkpoint_that_cannot_be_written_leaves_no_trace_and_those_before_stay(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="pickle"):
+        train(Unwritable(), RunCheckpoints(tmp_path, every_n_minutes=0))
+    assert written(tmp_path) == [1]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_what_a_killed_run_had_not_finished_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "epoch=0000-step=000001.ckpt.tmp").write_bytes(b"half")
+    train(RunCheckpoints(tmp_path))
+    assert written(tmp_path) == [3, 6]
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_sigterm_ends_the_fit_with_a_checkpoint_of_its_step(tmp_path: Path) -> None:
+    with pytest.raises(SIGTERMException):
+        train(At(2, kill(signal.SIGTERM)), RunCheckpoints(tmp_path))
+    assert written(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(("step", "expected"), [(2, [2, 3, 6]), (STEPS, [3, 6])])
+def test_a_signal_writes_a_checkpoint_before_it_reaches_who_listened_before(
+    number: int, step: int, expected: list[int], tmp_path: Path
+) -> None:
+    heard: list[tuple[int, bool]] = []
+
+    def listen(number: int, frame: Any) -> None:
+        heard.append((number, any(tmp_path.glob(f"*step={step:06d}.ckpt"))))
+
+    before = signal.signal(number, listen)
+    try:
+        train(At(step, kill(number)), RunCheckpoints(tmp_path, keep=9))
+        assert signal.getsignal(number) is listen
+    finally:
+        signal.signal(number, before)
+    assert heard == [(number, True)]
+    assert written(tmp_path) == expected

@@ -1,0 +1,46 @@
+"""A run that is cut off at any moment and resumed ends as one that was never cut off, to the bit."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from .runs import DIGITS, differences, newest, said, start
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that was never cut off, and the seconds from its first file to its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, *DIGITS)
+    seconds = -wait_for_folder(folder)
+    assert process.wait(300) == 0, said(folder)
+    return folder / "run", seconds + time.monotonic()
+
+
+def wait_for_folder(folder: Path) -> float:
+    """The moment in which the run has a folder; imports are behind it then."""
+    while not (folder / "run").exists():
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+def kill_and_resume(folder: Path, after: float) -> None:
+    process = start(folder, *DIGITS)
+    wait_for_folder(folder)
+    time.sleep(after)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, said(folder)
+    assert start(folder, *DIGITS, "resume=true").wait(300) == 0, said(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_killed_run_ends_as_if_it_had_not_been(kill: int, whole: tuple[Path, float], tmp_path: Path) -> None:
+    uncut, seconds = whole
+    kill_and_resume(tmp_path, random.Random(kill).uniform(0, 0.95 * seconds))
+    assert differences(uncut, tmp_path / "run") == []
