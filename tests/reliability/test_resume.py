@@ -44,3 +44,23 @@ def test_killed_run_ends_as_if_it_had_not_been(kill: int, whole: tuple[Path, flo
     uncut, seconds = whole
     kill_and_resume(tmp_path, random.Random(kill).uniform(0, 0.95 * seconds))
     assert differences(uncut, tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint_within_five_seconds(whole: tuple[Path, float], tmp_path: Path) -> None:
+    uncut, _ = whole
+    rare = "callbacks.checkpoint.every_n_steps=null"
+    process = start(tmp_path, *DIGITS, rare)
+    run = tmp_path / "run"
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+    before, sent = newest(run), time.time()
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM, said(tmp_path)
+    left = newest(run)
+    assert left != before
+    assert left.stat().st_mtime - sent < 5
+    assert start(tmp_path, *DIGITS, rare, "resume=true").wait(300) == 0, said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert [key for key in differences(uncut, run) if "every_n_steps" not in key] == []

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,3 +131,28 @@ def test_job_whose_time_is_up_is_requeued_and_goes_on_with_all_its_cores(cluster
         assert restarts(cluster, {0: job}) == {0: 1}
     assert summary(run)["run_id"] == before
     assert_finished(run, epochs)
+
+
+@pytest.mark.slow
+def test_job_without_submitit_is_requeued_at_usr1_and_goes_on_after_its_last_step(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run, log, steps_per_epoch, epochs = tmp_path / "run", tmp_path / "log.txt", 81, 4
+    train = f"srun {sys.executable} -m adadim_lightning.cli.train run_dir={run} data.batch_size=16"
+    job = cluster.submit(
+        f"{train} trainer.accelerator=cpu trainer.max_epochs={epochs} ~callbacks.dynamics_plot",
+        *("--partition=low", "--cpus-per-task=2", "--requeue", "--open-mode=append", f"--output={log}"),
+    )
+    try:
+        wait_until((run / "checkpoints" / "last.ckpt").exists, PATIENCE_S)
+        time.sleep(0.5)
+        cluster.call("scancel", "--signal=USR1", job)
+        wait_until(lambda: restarts(cluster, {0: job}) == {0: 1}, 60)
+        wait_until(lambda: job not in cluster.jobs(), PATIENCE_S)
+    finally:
+        if job in cluster.jobs():
+            cluster.call("scancel", job)
+    assert_finished(run, epochs)
+    step = int(log.read_text().partition("\nresume ")[2].splitlines()[0].rpartition("step ")[2])
+    assert step % steps_per_epoch
+    assert "Traceback" not in log.read_text()
