@@ -88,6 +88,7 @@ def test_alpha_is_kept_between_its_caps_and_starts_where_it_is_told() -> None:
         (lambda: EffectiveRankSchedule(0), "normalizer"),
         (lambda: EffectiveRankSchedule(start=2), "start"),
         (lambda: EffectiveRankSchedule(alpha_min=0.6, alpha_max=0.5), "alpha_min"),
+        (lambda: EffectiveRankSchedule(fallback=0.5), "fallback"),
         (lambda: Balance(LinearSchedule(), lag_epochs=-1), "lag_epochs"),
         (lambda: Balance(LinearSchedule(), LinearSchedule(), lag_epochs=1), "coupled beta"),
         (lambda: Balance(LinearSchedule(), every_n_steps=0), "every_n_steps"),
@@ -99,6 +100,32 @@ def test_alpha_is_kept_between_its_caps_and_starts_where_it_is_told() -> None:
 def test_a_setting_outside_its_range_is_named(make, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make()
+
+
+@pytest.mark.parametrize("er_z", [1.0, 1.49, math.nan, math.inf])
+def test_while_z_is_collapsed_alpha_follows_the_fallback_within_the_caps(er_z: float) -> None:
+    schedule = EffectiveRankSchedule(alpha_max=0.6, fallback=LinearSchedule())
+    assert [schedule(progress, measured(er_z=er_z)) for progress in (0.25, 0.5, 1.0)] == [0.25, 0.5, 0.6]
+    assert schedule(0.25, None) == 0.0
+
+
+def test_a_rank_that_is_well_is_followed_whether_there_is_a_fallback_or_not() -> None:
+    for er_z in (1.5, 3.0, 40.0):
+        with_one = EffectiveRankSchedule(fallback=ConstantSchedule(0.5))(0.3, measured(er_z=er_z))
+        assert with_one == EffectiveRankSchedule()(0.3, measured(er_z=er_z)) == er_z / 64
+
+
+def test_without_a_fallback_a_collapsed_z_takes_alpha_down() -> None:
+    assert EffectiveRankSchedule()(0.9, measured(er_z=1.0)) == 1 / 64
+
+
+def test_an_estimate_that_is_not_finite_does_not_stay_in_the_running_mean() -> None:
+    balance = Balance(EffectiveRankSchedule(fallback=ConstantSchedule(0.5)), ema=0.9)
+    alphas = []
+    for er_z in (32.0, math.nan, 16.0):
+        balance.observe(measured(er_z=er_z))
+        alphas.append(balance(0.5, 0)[0])
+    assert alphas == [0.5, 0.5, 0.25]
 
 
 def test_the_first_estimate_starts_the_running_mean_and_later_ones_enter_it() -> None:

@@ -22,7 +22,7 @@ from adadim_lightning import (
 from adadim_lightning.distributed import world_size
 from tests.helpers import Recorder, fit, fixed_batches, held_out
 from tests.metrics.conftest import two_processes  # noqa: F401
-from tests.metrics.distributed import TwoProcesses
+from tests.metrics.distributed import Processes
 from tests.test_distributed import BATCH, EPOCHS, STEPS, ddp_trainer, own_share
 
 lightly_loss = pytest.importorskip("lightly.loss")
@@ -111,7 +111,7 @@ def gradients_of_lightly(x1: Tensor, x2: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_gradient_of_lightlys_gathered_loss_is_that_of_one_process(
-    two_processes: TwoProcesses,  # noqa: F811
+    two_processes: Processes,  # noqa: F811
 ) -> None:
     """Its own convention, on which the sum with our terms rests: the mean over processes is the whole gradient."""
     x1 = torch.randn(16, 7, dtype=torch.float64)
@@ -132,7 +132,7 @@ def alone(kind: str, kappa: Any) -> dict[str, Any]:
 def test_two_processes_steer_somebody_elses_loss_as_one_does(
     kind: str,
     kappa: Any,
-    two_processes: TwoProcesses,  # noqa: F811
+    two_processes: Processes,  # noqa: F811
 ) -> None:
     first, second = two_processes.run(results, kind, kappa)
     one = alone(kind, kappa)
@@ -185,7 +185,7 @@ def measured() -> dict[str, float]:
     return used[-1].logged[-1]
 
 
-def test_two_processes_measure_and_probe_as_one_does(two_processes: TwoProcesses) -> None:  # noqa: F811
+def test_two_processes_measure_and_probe_as_one_does(two_processes: Processes) -> None:  # noqa: F811
     first, second = two_processes.run(measured)
     assert first == second
     one = measured()

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from adadim_lightning.balance import Statistics as Statistics
     from adadim_lightning.balance import StepSchedule as StepSchedule
     from adadim_lightning.callbacks import AdaDim as AdaDim
+    from adadim_lightning.callbacks import CollapseGuard as CollapseGuard
     from adadim_lightning.callbacks import DimensionMonitor as DimensionMonitor
     from adadim_lightning.callbacks import DynamicsPlot as DynamicsPlot
     from adadim_lightning.callbacks import OnlineKNN as OnlineKNN
     from adadim_lightning.callbacks import OnlineLinearProbe as OnlineLinearProbe
     from adadim_lightning.callbacks import WandbPanels as WandbPanels
+    from adadim_lightning.guard import CollapseError as CollapseError
     from adadim_lightning.guard import NonFiniteError as NonFiniteError
     from adadim_lightning.module import AdaDimModule as AdaDimModule
     from adadim_lightning.objective import AdaDimLoss as AdaDimLoss
@@ -32,6 +34,8 @@ _HOMES = {
     "AdaDimLoss": "objective",
     "AdaDimModule": "module",
     "Balance": "balance",
+    "CollapseError": "guard",
+    "CollapseGuard": "callbacks",
     "ConstantSchedule": "balance",
     "CosineSchedule": "balance",
     "DimensionMonitor": "callbacks",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from adadim_lightning.functional._numeric import check_bool, check_integer, check_number
 from adadim_lightning.functional.spectrum import Spectrum
+from adadim_lightning.guard import COLLAPSED_RANK
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,13 @@ class EffectiveRankSchedule:
         start: value before the first estimate, in ``[0, 1]``.
         alpha_min: lower cap.
         alpha_max: upper cap.
+        fallback: schedule to follow instead, within the caps, while ER(Z) says nothing: below 1.5, where Z is
+            collapsed and the rule would give next to 0, or not finite. None follows the rule all the same.
 
     Raises:
         ValueError: a value outside its range.
 
-    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576; ``"min"`` and the caps are ours.
+    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576; ``"min"``, the caps and the fallback are ours.
 
     Example:
         >>> measured = Statistics(er_z=64.0, er_r=20.0, i_rz=0.5, rows=4096, dim_r=256, dim_z=128)
@@ -175,8 +178,11 @@ class EffectiveRankSchedule:
     start: float = 0.0
     alpha_min: float = 0.0
     alpha_max: float = 1.0
+    fallback: Schedule | None = None
 
     def __post_init__(self) -> None:
+        if not (self.fallback is None or callable(self.fallback)):
+            raise ValueError(f"fallback must be a schedule, got {self.fallback!r}")
         for name in ("start", "alpha_min", "alpha_max"):
             check_number(name, getattr(self, name), low=0, high=1)
         if self.alpha_min > self.alpha_max:
@@ -190,13 +196,18 @@ class EffectiveRankSchedule:
         """Alpha for what was last measured."""
         if statistics is None:
             return self.start
+        if self.fallback is not None and not COLLAPSED_RANK <= statistics.er_z < math.inf:
+            return self._cap(self.fallback(progress, statistics))
         if self.normalizer == "dim":
             most = float(statistics.dim_z)
         elif self.normalizer == "min":
             most = float(min(statistics.rows, statistics.dim_z))
         else:
             most = float(self.normalizer)
-        return min(max(statistics.er_z / most, self.alpha_min), self.alpha_max)
+        return self._cap(statistics.er_z / most)
+
+    def _cap(self, alpha: float) -> float:
+        return min(max(alpha, self.alpha_min), self.alpha_max)
 
 
 class Balance:
@@ -265,7 +276,7 @@ class Balance:
 
     def observe(self, statistics: Statistics) -> None:
         """Take new statistics; their ``er_z`` enters the running mean."""
-        if self.statistics is not None:
+        if self.statistics is not None and math.isfinite(self.statistics.er_z):
             er_z = self.ema * self.statistics.er_z + (1 - self.ema) * statistics.er_z
             statistics = replace(statistics, er_z=er_z)
         self.statistics = statistics

@@ -1,16 +1,39 @@
-"""Rows of all processes in one tensor, with and without gradients."""
+"""What several processes that train together have in common."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     """Number of processes that train together; 1 outside distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 outside distributed training."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def check_strategy(trainer: Any, user: Any) -> None:
+    """Refuse a Lightning trainer that would cut the model into parts.
+
+    Raises:
+        ValueError: its strategy is FSDP, DeepSpeed or another that is not data parallel alone.
+    """
+    kind = type(trainer.strategy)
+    # By name: pytorch_lightning has classes of its own.
+    names = {base.__name__ for base in kind.__mro__}
+    if "DeepSpeedStrategy" in names or ("ParallelStrategy" in names and "DDPStrategy" not in names):
+        raise ValueError(
+            f"{type(user).__name__} needs the whole model in every process, but {kind.__name__} cuts it into "
+            'parts; use Trainer(strategy="ddp")'
+        )
 
 
 def training_steps(trainer: Any) -> float:
@@ -36,12 +59,21 @@ def training_progress(trainer: Any, steps: float) -> float:
     return min(max(parts), 1.0) if parts else math.nan
 
 
+def of_all_processes(own: T) -> list[T]:
+    """What each process has, in the order of their ranks; all of them must call this, with tensors on the CPU."""
+    if world_size() == 1:
+        return [own]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, x.contiguous())
-        ctx.rows = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
+        ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
         return torch.cat(gathered)
 
     @staticmethod

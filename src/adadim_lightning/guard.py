@@ -1,10 +1,12 @@
-"""Stops a run at the first NaN or infinity, without a device sync on every step."""
+"""What ends a run: the first NaN or infinity, found without a device sync on every step, or a collapse."""
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from adadim_lightning.distributed import world_size
+
+COLLAPSED_RANK = 1.5  # an effective rank below it is near 1
 
 
 class NonFiniteError(RuntimeError):
@@ -14,23 +16,32 @@ class NonFiniteError(RuntimeError):
         advice = (
             "nothing was trained before it, so look at the images and how the views normalize them"
             if step == 0
-            else "checkpoints are from before it: lower the learning rate or set trainer.gradient_clip_val"
+            else "lower the learning rate or set trainer.gradient_clip_val; any checkpoint is from before it"
         )
         super().__init__(f"a NaN or infinity appeared in R, Z, the loss or its gradient at step {step}; {advice}")
         self.step = step
+
+
+class CollapseError(RuntimeError):
+    """R or Z collapses; the message says what was seen, from where to go on, and what helps."""
 
 
 class FiniteGuard(nn.Module):
     """Remembers, on the device, the first step whose loss was not finite.
 
     The loss reads every entry of R and Z, so a NaN or infinity in either reaches it.
+
+    Attributes:
+        raises: whether the checks raise; not while somebody else reads the flag and can mend what happened.
     """
 
     first_bad_step: Tensor
+    raises: bool
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
+        self.raises = True
 
     @property
     def tripped(self) -> Tensor:
@@ -48,6 +59,8 @@ class FiniteGuard(nn.Module):
         Raises:
             NonFiniteError: a step was noted; it names the step.
         """
+        if not self.raises:
+            return
         step = int(self.first_bad_step)
         if step >= 0:
             raise NonFiniteError(step)
@@ -58,8 +71,21 @@ class FiniteGuard(nn.Module):
         Raises:
             NonFiniteError: one of them noted a step; it names the first.
         """
+        self.share()
+        self.check()
+
+    def reset(self) -> None:
+        """Forget the step."""
+        self.first_bad_step.fill_(-1)
+
+    def share(self) -> int:
+        """Tell all processes, which must call this together, of the first step that one of them noted.
+
+        Returns:
+            The step; -1 if there is none.
+        """
         if world_size() > 1:
             step = torch.where(self.tripped, self.first_bad_step, torch.iinfo(torch.int64).max)
             dist.all_reduce(step, dist.ReduceOp.MIN)
             self.first_bad_step.copy_(torch.where(step == torch.iinfo(torch.int64).max, -1, step))
-        self.check()
+        return int(self.first_bad_step)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adadim_lightning.distributed import training_steps
+from adadim_lightning.distributed import check_strategy, training_steps
 from adadim_lightning.guard import FiniteGuard
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 
@@ -23,7 +23,8 @@ class AdaDimModule(LightningModule):
 
     Both views go through the backbone in one call, below each other. A training batch is ``((view1, view2),
     labels)``, each view of shape ``(N, C, H, W)``; a validation batch is ``(images, labels)``. Labels are left
-    to callbacks. The submodules to tap are ``backbone`` and ``projection_head``.
+    to callbacks. The submodules to tap are ``backbone`` and ``projection_head``. Of several processes (DDP) each
+    takes its part of the batch, and all get the gradient of the whole; strategies that cut the model are refused.
 
     At the first NaN or infinity the weights freeze, no checkpoint is written any more, and the run stops with
     a :class:`~adadim_lightning.guard.NonFiniteError`: at once on a CPU, at the next step that logs or measures
@@ -76,6 +77,11 @@ class AdaDimModule(LightningModule):
         """
         representation: Tensor = self.backbone(images.to(self.dtype, memory_format=self._format))
         return representation
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that would cut the model into parts."""
+        if stage == "fit":
+            check_strategy(self.trainer, self)
 
     def training_step(self, batch: tuple[tuple[Tensor, Tensor], Any], batch_idx: int) -> Tensor:
         """Loss of one batch; logs its parts."""

@@ -95,7 +95,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("override", options("backbone", "views", "head", "optimizer", "lr_schedule", "trainer"))
+@pytest.mark.parametrize(
+    "override", options("backbone", "views", "head", "optimizer", "lr_schedule", "trainer", "guard")
+)
 def test_every_option_trains_a_step_on_pictures(
     override: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Run a function in two gloo processes."""
+"""Run a function in several gloo processes."""
 
 import itertools
 import pickle
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torchmetrics import Metric
 
-WORLD_SIZE = 2
 TIMEOUT_S = 10
 START_S = 120
 
 
-def _run(rank: int, store: str, call: bytes) -> bytes:
+def _run(rank: int, count: int, store: str, call: bytes) -> bytes:
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=count,
         timeout=timedelta(seconds=TIMEOUT_S),
     )
     try:
@@ -31,25 +30,31 @@ def _run(rank: int, store: str, call: bytes) -> bytes:
         distributed.destroy_process_group()
 
 
-class TwoProcesses:
-    """Two processes that wait for functions; each call is a process group of its own.
+class Processes:
+    """Processes that wait for functions; each call is a process group of its own.
 
-    Arguments and results travel as bytes: torch would put both processes' tensors in the same shared memory.
+    Arguments and results travel as bytes: torch would put all processes' tensors in the same shared memory.
+
+    Args:
+        folder: for the files by which they find each other.
+        count: number of processes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int) -> None:
         self._folder = folder
+        self.count = count
         self._calls = itertools.count()
-        # As clean as spawn, but both processes share one import of torchmetrics, which takes seconds.
+        # As clean as spawn, but the processes share one import of torchmetrics, which takes seconds.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["adadim_lightning.metrics"])
-        self._pool = context.Pool(WORLD_SIZE, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = context.Pool(count, initializer=torch.set_num_threads, initargs=(1,))
         self.run(distributed.get_rank, timeout=START_S)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 3 * TIMEOUT_S) -> list[Any]:
-        """Results of ``function(*args)`` by rank; no process can take both calls, because each call waits."""
+        """Results of ``function(*args)`` by rank; no process can take two calls, because each call waits."""
         store = str(self._folder / f"store-{next(self._calls)}")
-        calls = [(rank, store, pickle.dumps((function, args))) for rank in range(WORLD_SIZE)]
+        call = pickle.dumps((function, args))
+        calls = [(rank, self.count, store, call) for rank in range(self.count)]
         results = self._pool.starmap_async(_run, calls, chunksize=1).get(timeout)
         return list(map(pickle.loads, results))
 

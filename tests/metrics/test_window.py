@@ -1,15 +1,17 @@
 """The spectrum of the most recent rows."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from adadim_lightning.distributed import rank
 from adadim_lightning.functional import eigenvalue_spectrum
 from adadim_lightning.metrics.window import RecentRows
 
-from .distributed import TwoProcesses
+from .distributed import Processes
 
 centered_and_not = pytest.mark.parametrize("center", [False, True])
 
@@ -82,15 +84,55 @@ def test_a_checkpoint_is_a_snapshot() -> None:
 
 
 def read_own_rows(window: RecentRows, rows: list[Tensor]) -> tuple[Tensor, int, int]:
-    return read_by_steps(window, rows[distributed.get_rank()], step=20, steps_per_read=2)
+    return read_by_steps(window, rows[rank()], step=20, steps_per_read=2)
 
 
 @centered_and_not
-def test_two_processes_read_the_same_spectrum_of_all_their_rows(center: bool, two_processes: TwoProcesses) -> None:
+def test_two_processes_read_the_same_spectrum_of_all_their_rows(center: bool, two_processes: Processes) -> None:
     rows = [drifting(80), drifting(80) + 1]
     first, second = two_processes.run(read_own_rows, RecentRows(1000, center=center), rows)
     assert torch.equal(first[0], second[0])
     assert_spectrum_of(first, torch.cat(rows), center=center)
+
+
+def state_after(window: RecentRows, rows: list[Tensor]) -> dict[str, Any]:
+    read_own_rows(window, rows)
+    return window.state_dict()
+
+
+def resumed(window: RecentRows, state: dict[str, Any], rows: list[Tensor]) -> list[tuple[Tensor, int, int]]:
+    """What is read at once, and after more rows."""
+    window.load_state_dict(state)
+    return [window.read(), read_own_rows(window, rows)]
+
+
+@pytest.mark.parametrize("dim", [8, 5000])
+@pytest.mark.parametrize("window", [1000, 120])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_window_of_other_processes_goes_on_with_each_row_counted_once(
+    before: int, after: int, window: int, dim: int, two_processes: Processes
+) -> None:
+    def on(count: int, function: Any, *args: Any) -> Any:
+        return two_processes.run(function, *args)[0] if count == 2 else function(*args)
+
+    early, late = torch.randn(160, dim), torch.randn(160, dim)
+    state = on(before, state_after, RecentRows(window), list(early.chunk(before)))
+    at_once, later = on(after, resumed, RecentRows(window), state, list(late.chunk(after)))
+    # A chunk ends after two steps of twenty rows in each process.
+    kept = early.chunk(before)
+    chunks = [torch.cat([x[i : i + 40] for x in kept]) for i in range(0, len(kept[0]), 40)]
+    assert_spectrum_of(at_once, last(chunks, window), center=False)
+    parts = late.chunk(after)
+    chunks += [torch.cat([x[i : i + 40] for x in parts]) for i in range(0, len(parts[0]), 40)]
+    assert_spectrum_of(later, last(chunks, window), center=False)
+
+
+def last(chunks: list[Tensor], window: int) -> Tensor:
+    """The rows of the last chunks that are enough."""
+    kept: list[Tensor] = []
+    while chunks[len(kept) :] and sum(map(len, kept)) < window:
+        kept.insert(0, chunks[-1 - len(kept)])
+    return torch.cat(kept)
 
 
 def test_reading_before_any_row_is_an_error() -> None:

@@ -15,7 +15,6 @@ from adadim_lightning.distributed import training_progress, training_steps
 from adadim_lightning.feed import Feed, Pool, Source, batch_size_of
 from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
-from adadim_lightning.guard import FiniteGuard
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 from adadim_lightning.steering import NATIVE_LOSSES, NativeLoss, Target, loss_of, replace_loss, steered_loss
@@ -138,12 +137,16 @@ class AdaDim(DimensionMonitor):
         self._batch: Any = None
         self._views: list[list[Tensor]] | None = None
         self._undo: Callable[[], None] | None = None
-        self._guard = FiniteGuard()
 
     @property
     def alters_loss(self) -> bool:
         """Whether what is measured enters the loss that is trained."""
         return not self.observe and self.target is None
+
+    @property
+    def alpha(self) -> float | None:
+        """Alpha as it was last set; None before the first step."""
+        return None if self._values is None else self._values[0]
 
     @property
     def _adds_terms(self) -> bool:
@@ -179,7 +182,7 @@ class AdaDim(DimensionMonitor):
         self._balanced = self._find_objective(pl_module)
         self._target = None if self.target is None else Target(pl_module, self.target)
         self._values = None
-        self._guard = FiniteGuard().to(pl_module.device)
+        self.guard.to(pl_module.device).reset()
         super().on_fit_start(trainer, pl_module)
         if self.momentum is not None:
             self.momentum.open(pl_module)
@@ -198,7 +201,7 @@ class AdaDim(DimensionMonitor):
         """Learn how long the training is."""
         self._steps = training_steps(trainer)
         self.objective.to(pl_module.device)
-        self._guard.to(pl_module.device)
+        self.guard.to(pl_module.device)
 
     # The loss of a module that has its own.
 
@@ -239,7 +242,7 @@ class AdaDim(DimensionMonitor):
 
     def _total(self, pl_module: LightningModule, native: Tensor, outputs: Any) -> Tensor:
         output = self._steered(native, self._batch, outputs)
-        self._guard.watch(output.total, self._global_step)
+        self.guard.watch(output.total, self._global_step)
         self._log_loss(pl_module, output)
         return output.total
 
@@ -281,7 +284,7 @@ class AdaDim(DimensionMonitor):
     ) -> None:
         """Take in a measured step, and renew the statistics when it is time."""
         if self._measuring:
-            self._guard.check_all()
+            self.guard.check_all()
         native = loss_of(outputs)
         if self._measuring and self.observe and self.native_loss is not None and native is not None:
             if pl_module.automatic_optimization:
@@ -326,7 +329,7 @@ class AdaDim(DimensionMonitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a checkpoint that is not good."""
-        self._guard.check_all()
+        self.guard.check_all()
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state, and that of the balance."""
@@ -339,6 +342,7 @@ class AdaDim(DimensionMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         super().load_state_dict(state_dict)
+        self._values = None
         self.balance.load_state_dict(state_dict["balance"])
         objective = dict(state_dict["objective"])
         if not self.objective.match_gradients:

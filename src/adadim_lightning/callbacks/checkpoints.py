@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from adadim_lightning.distributed import world_size
+from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
 
@@ -166,7 +166,15 @@ class RunCheckpoints(Checkpoint):
 
     # What.
 
+    def written(self) -> list[Path]:
+        """The checkpoints in the folder, the newest last."""
+        found = self._folder.glob(f"epoch=*{SUFFIX}")
+        return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+
     def _save(self, trainer: Trainer) -> None:
+        guards = [callback for callback in trainer.callbacks if hasattr(callback, "suspects")]  # type: ignore[attr-defined]
+        if any(guard.suspects() for guard in guards):
+            return  # those that are kept are good
         name = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}{SUFFIX}"
         temporary = self._folder / f"{name}{UNFINISHED}"
         try:
@@ -192,8 +200,7 @@ class RunCheckpoints(Checkpoint):
         sync(self._folder)
         for path in self._folder.glob(f"*{SUFFIX}{UNFINISHED}"):  # of a run that was killed while it wrote
             path.unlink(missing_ok=True)
-        written = sorted(self._folder.glob(f"epoch=*{SUFFIX}"), key=lambda path: (path.stat().st_mtime, path.name))
-        for path in written[: -self.keep]:
+        for path in self.written()[: -self.keep]:
             path.unlink(missing_ok=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -203,11 +210,7 @@ class RunCheckpoints(Checkpoint):
             "logged": {} if self._epoch_is_over else _means_so_far(trainer) | self._logged,
             "gradients": self._gradients(trainer, pl_module),
         }
-        processes: list[Any] = [own]
-        if world_size() > 1:
-            processes = [None] * world_size()
-            torch.distributed.all_gather_object(processes, own)
-        checkpoint[KEY] = processes
+        checkpoint[KEY] = of_all_processes(own)
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Those of an optimizer step that is not complete yet."""
@@ -254,7 +257,8 @@ def _means_so_far(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of the random numbers of Python, NumPy and torch, in plain values and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
     state = {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],

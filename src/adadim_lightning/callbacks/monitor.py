@@ -61,6 +61,23 @@ class MeasuringPlan:
         return distance * rows_per_step < self.window
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a monitor read after a training step.
+
+    Attributes:
+        step: number of optimizer steps before it.
+        er_r: effective rank of the last rows of R.
+        er_z: effective rank of the last rows of Z.
+        i_rz: I_2(R;Z) in nats, mean over the batches measured since the reading before.
+    """
+
+    step: int
+    er_r: float
+    er_z: float
+    i_rz: float
+
+
 class DimensionMonitor(TappingCallback):
     r"""Measures R and Z while the model trains, from its own forward pass, without labels or validation.
 
@@ -141,7 +158,34 @@ class DimensionMonitor(TappingCallback):
         self._measured = 0
         self._log_n = 0.0
         self._keep_every = 1
-        self._finite = True
+        self.guard = FiniteGuard()
+        self.finite = True  # R and Z of the last step that was to be measured
+        self._since = (torch.zeros(()), 0)  # as the two above, since the last reading
+        self._due: tuple[int, Tensor, int] | None = None  # a reading nobody asked for yet
+        self._reading: Reading | None = None
+
+    @property
+    def last_reading(self) -> Reading | None:
+        """The last reading, of every ``every_n_steps`` and the end of each epoch; None before the first.
+
+        Its spectra are taken when somebody asks, so that a run without such callbacks does not pay for them; all
+        processes have to ask together.
+        """
+        if self._due is not None:
+            step, information, measured = self._due
+            er_r, er_z = (
+                rank_of_eigenvalues(rows.read()[0], self.spectrum) for rows in (self.recent_r, self.recent_z)
+            )
+            self._reading = Reading(step, er_r, er_z, float(information) / measured)
+            self._due = None
+        return self._reading
+
+    def _close_reading(self, step: int) -> None:
+        """Make what was measured since the last reading the next one."""
+        information, measured = self._since
+        if measured:
+            self._due = (step, information, measured)
+            self._since = (torch.zeros(()), 0)
 
     def _logs_as(self, other: "DimensionMonitor", module: LightningModule) -> bool:
         """Whether another monitor logs the same values under the same names."""
@@ -231,6 +275,7 @@ class DimensionMonitor(TappingCallback):
             if self.plan.reads_after(self._step):
                 self.recent_r.close()
                 self.recent_z.close()
+                self._close_reading(trainer.global_step)
         self.feed.release()
         self._step += 1
 
@@ -244,13 +289,13 @@ class DimensionMonitor(TappingCallback):
         if world_size() > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         finite = not bad
-        if not finite and not may_go_on:
+        if not finite and not may_go_on and self.guard.raises:
             raise NonFiniteError(self._global_step)
-        if not finite and self._finite:
+        if not finite and self.finite and self.guard.raises:
             rank_zero_warn(
                 f"R or Z holds a NaN or infinity at step {self._global_step}; such steps are not measured"
             )
-        self._finite = finite
+        self.finite = finite
         return finite
 
     @torch.no_grad()
@@ -260,8 +305,10 @@ class DimensionMonitor(TappingCallback):
         self.recent_z.update(z)
         r, z = gather_rows(r.float(), z.float())
         self._rows_per_step = len(r)
-        self._information = self._information.to(r.device) + matrix_mutual_information(r, z)
+        information = matrix_mutual_information(r, z)
+        self._information = self._information.to(r.device) + information
         self._measured += 1
+        self._since = (self._since[0].to(r.device) + information, self._since[1] + 1)
         self._log_n = max(self._log_n, math.log(len(r)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,6 +320,7 @@ class DimensionMonitor(TappingCallback):
         self.feed.release()  # a step that was begun and left out
         if self._silent or not self._measured:
             return
+        self._close_reading(trainer.global_step)
         eigenvalues_r = self.recent_r.read()[0]
         eigenvalues_z = self.recent_z.read()[0]
         er_r = rank_of_eigenvalues(eigenvalues_r, self.spectrum)
@@ -319,6 +367,7 @@ class DimensionMonitor(TappingCallback):
             "information": float(self._information),
             "measured": self._measured,
             "log_n": self._log_n,
+            "since": [float(self._since[0]), self._since[1]],
             "rows_per_step": self._rows_per_step,
             "recent_r": self.recent_r.state_dict(),
             "recent_z": self.recent_z.state_dict(),
@@ -332,6 +381,9 @@ class DimensionMonitor(TappingCallback):
         self._information = torch.tensor(state_dict["information"])
         self._measured = state_dict["measured"]
         self._log_n = state_dict["log_n"]
+        information, measured = state_dict.get("since", (0.0, 0))
+        self._since = (torch.tensor(information), measured)
+        self._due = self._reading = None
         self._rows_per_step = state_dict["rows_per_step"]
         self.recent_r.load_state_dict(state_dict["recent_r"])
         self.recent_z.load_state_dict(state_dict["recent_z"])

@@ -1,211 +1,27 @@
 """Probes that follow the representation while the model trains, and never touch the model."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch import distributed as dist
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
-from adadim_lightning.callbacks.labels import Labels, count_classes, infer_num_classes, labels_of
-from adadim_lightning.callbacks.tapping import TappingCallback
-from adadim_lightning.distributed import gather_rows, training_progress, training_steps, world_size
-from adadim_lightning.feed import Feed, Pool, Source, images_of
+from adadim_lightning.callbacks.labels import Labels, count_classes, infer_num_classes
+from adadim_lightning.callbacks.probing import OnlineProbe
+from adadim_lightning.distributed import (
+    gather_rows,
+    of_all_processes,
+    rank,
+    training_progress,
+    training_steps,
+    world_size,
+)
+from adadim_lightning.feed import Pool, Source
 from adadim_lightning.functional._numeric import no_autocast
-from adadim_lightning.metrics import KNNAccuracy
-from adadim_lightning.models.backbones import evaluating
-from adadim_lightning.tap import NotCalledError
-
-
-class OnlineProbe(TappingCallback):
-    """What both probes do: read R of training and validation steps, or of loaders, and log the accuracy."""
-
-    def __init__(
-        self,
-        representation: Source | None,
-        *,
-        train_loader: Iterable[Any] | None,
-        val_loader: Iterable[Any] | None,
-        labels: Labels | None,
-        pool: Pool | None,
-        name: str | None,
-    ) -> None:
-        super().__init__(name)
-        self.representation = representation
-        self.train_loader = train_loader
-        self.val_loader = val_loader
-        self.labels = labels
-        self._feed = Feed(representation, pool=pool)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the tap."""
-        self._feed.open(pl_module)
-
-    def _close(self) -> None:
-        self._feed.close()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there is nothing to score on."""
-        if self.val_loader is None and not trainer.enable_validation:
-            rank_zero_warn(
-                f"{type(self).__name__} has nothing to score on: the model has no validation loop; give it "
-                "val_loader=..."
-            )
-
-    # Steps of the model.
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Ask for R of this step."""
-        self._feed.record(self.train_loader is None)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Learn from a training step."""
-        skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
-        if self.train_loader is None and not skipped:
-            self._learn(trainer, *self._read(batch, outputs))
-        self._feed.release()
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Ask for R of this step."""
-        self._feed.record(self._scores_steps(trainer))
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Score a held-out batch."""
-        if self._scores_steps(trainer):
-            try:
-                r, labels = self._read(batch, outputs)
-            except NotCalledError as error:
-                raise NotCalledError(
-                    f"{error}; name what the model calls in validation too, or give {type(self).__name__} "
-                    "a val_loader"
-                ) from None
-            self._score_known(r, labels)
-        self._feed.release()
-
-    def _score_known(self, r: Tensor, labels: Tensor) -> None:
-        known = labels >= 0  # a negative label marks an image without one
-        if known.any():
-            self._score(r[known], labels[known])
-
-    def _scores_steps(self, trainer: Trainer) -> bool:
-        return self.val_loader is None and self._ready() and trainer.state.fn == "fit"
-
-    def _read(self, batch: Any, outputs: Any) -> tuple[Tensor, Tensor]:
-        [views] = self._feed.read(batch, outputs)
-        r = torch.cat(views.rows).detach().float()
-        return r, labels_of(batch, len(r), self.labels).to(r.device)
-
-    # Loaders of the probe's own.
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn from the probe's own data before the validation batches are scored."""
-        if self.val_loader is None and trainer.state.fn == "fit":
-            if not trainer.sanity_checking:
-                self._learn_from_loader(trainer, pl_module)
-            self._before_scoring()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracy on the validation batches."""
-        self._log_accuracy(pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn from and score on the probe's own data, and log the accuracy."""
-        self._feed.release()  # a step that was begun and left out
-        if self.val_loader is not None:
-            self._learn_from_loader(trainer, pl_module)
-            self._before_scoring()
-            if self._ready():
-                for r, labels in self._embed(pl_module, self.val_loader):
-                    self._score_known(r, labels)
-                if self.accuracy is None or not self.accuracy.update_called:
-                    raise ValueError("the val_loader of a probe has no batch")
-                self._log_accuracy(pl_module)
-
-    def _learn_from_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.train_loader is not None:
-            batches = list(self._embed(pl_module, self.train_loader))
-            if not batches:
-                raise ValueError("the train_loader of a probe has no batch")
-            r, labels = (torch.cat(x) for x in zip(*batches, strict=True))
-            self._learn_all(trainer, r, labels)
-
-    @torch.no_grad()
-    def _embed(self, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """R and labels of each batch, by the tapped submodule in evaluation mode; the random state stays."""
-        tapped = self._feed.submodule(pl_module)
-        with isolate_rng(), evaluating(tapped):
-            for batch in loader:
-                batch = move_data_to_device(batch, pl_module.device)
-                images = next(images_of(batch), None)
-                if images is None:
-                    raise ValueError(
-                        f"no images were found in a batch of the probe's loader: {type(batch).__name__}"
-                    )
-                self._feed.record(True)
-                pixels = images.is_floating_point() or images.dtype == torch.uint8
-                tapped(images.to(pl_module.dtype) if pixels else images)
-                rows = self._read(batch, None)
-                self._feed.release()
-                yield rows
-
-    def _log_accuracy(self, pl_module: LightningModule) -> None:
-        if self.accuracy is not None and self.accuracy.update_called:
-            pl_module.log(
-                self._key(self.key),
-                self.accuracy.compute(),
-                on_step=False,
-                on_epoch=True,
-                batch_size=1,
-                sync_dist=True,
-            )
-            self.accuracy.reset()
-
-    # What each probe does.
-
-    key: str
-    accuracy: Metric | None
-
-    @abstractmethod
-    def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
-        """Learn from the rows of a training step, shapes ``(N, d)`` and ``(N,)``."""
-
-    @abstractmethod
-    def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
-        """Learn from all rows of the probe's own loader."""
-
-    def _before_scoring(self) -> None:
-        """Prepare to score."""
-
-    @abstractmethod
-    def _ready(self) -> bool:
-        """Whether it has learned anything yet."""
-
-    @abstractmethod
-    def _score(self, r: Tensor, labels: Tensor) -> None:
-        """Score held-out rows."""
-
+from adadim_lightning.functional.neighbors import knn_predict
 
 PASSES = 10
 BATCH_SIZE = 256
@@ -262,7 +78,6 @@ class OnlineLinearProbe(OnlineProbe):
         self.num_classes = num_classes
         self.lr = lr
         self.weight_decay = weight_decay
-        self.accuracy: MulticlassAccuracy | None = None
         self.probe: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] = {}
@@ -274,7 +89,6 @@ class OnlineLinearProbe(OnlineProbe):
             probe = nn.Sequential(nn.BatchNorm1d(r.shape[1], affine=False), nn.Linear(r.shape[1], classes))
         self.probe = probe.to(r.device)
         self._optimizer = torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        self.accuracy = MulticlassAccuracy(classes, average="micro").to(r.device)
         if self._state:
             self.probe.load_state_dict(self._state["probe"])
             self._optimizer.load_state_dict(self._state["optimizer"])
@@ -288,7 +102,7 @@ class OnlineLinearProbe(OnlineProbe):
     def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         if self.probe is None:
             self._build(self.num_classes or infer_num_classes(trainer), r)
-        self._step(trainer, r, labels)
+        self._step(trainer, *gather_labeled(r, labels))
 
     def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         if self.probe is None:
@@ -315,21 +129,16 @@ class OnlineLinearProbe(OnlineProbe):
             loss = loss / (known >= 0).sum().clamp_min(1)
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-        if world_size() > 1:
-            for p in self.probe.parameters():
-                assert p.grad is not None
-                dist.all_reduce(p.grad)
-                p.grad /= world_size()
         self._optimizer.step()
 
     def _ready(self) -> bool:
         return self.probe is not None
 
     @torch.no_grad()
-    def _score(self, r: Tensor, labels: Tensor) -> None:
+    def _predict(self, r: Tensor) -> Tensor:
         assert self.probe is not None
-        assert self.accuracy is not None
-        self.accuracy.update(self.probe.eval()(r), labels)
+        classes: Tensor = self.probe.eval()(r).argmax(dim=1)
+        return classes
 
     def state_dict(self) -> dict[str, Any]:
         """The probe and its optimizer."""
@@ -388,10 +197,12 @@ class OnlineKNN(OnlineProbe):
         super().__init__(
             representation, train_loader=train_loader, val_loader=val_loader, labels=labels, pool=pool, name=name
         )
+        if k < 1 or not temperature > 0:
+            raise ValueError(f"k must be >= 1 and temperature > 0, got {k} and {temperature}")
         self.bank_size = bank_size
-        self.accuracy: KNNAccuracy = KNNAccuracy(k=k, temperature=temperature)
+        self._vote = partial(knn_predict, k=k, temperature=temperature)
         self._bank: list[tuple[Tensor, Tensor]] = []
-        self._has_neighbors = True  # False where no recent row has a label
+        self._neighbors: tuple[Tensor, Tensor] | None = None  # of all processes, those with a label
 
     def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         """Keep the rows of this step, and let go of the oldest."""
@@ -409,25 +220,34 @@ class OnlineKNN(OnlineProbe):
         if self._bank:
             r, labels = (torch.cat(x) for x in zip(*self._bank, strict=True))
             if self.train_loader is None:  # each process has seen rows of its own
-                r, column = gather_rows(r, labels[:, None].to(r.dtype))
-                labels = column[:, 0].long()
+                r, labels = gather_labeled(r, labels)
             known = labels >= 0
-            self._has_neighbors = bool(known.any())
-            if self._has_neighbors:
-                self.accuracy = self.accuracy.to(r.device)
-                self.accuracy.set_bank(r[known], labels[known])
+            self._neighbors = r[known], labels[known]
 
     def _ready(self) -> bool:
-        return bool(self._bank) and self._has_neighbors
+        return self._neighbors is not None and len(self._neighbors[0]) > 0
 
-    def _score(self, r: Tensor, labels: Tensor) -> None:
-        self.accuracy.update(r, labels)
+    def _predict(self, r: Tensor) -> Tensor:
+        assert self._neighbors is not None
+        return self._vote(r, *self._neighbors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The bank; the rows of a loader of its own are made anew."""
-        return {"bank": self._bank if self.train_loader is None else []}
+        """The bank of all processes, which all must call this; the rows of a loader of its own are made anew."""
+        bank = [] if self.train_loader is not None else [(r.cpu(), labels.cpu()) for r, labels in self._bank]
+        steps = zip(*of_all_processes(bank), strict=True)
+        return {"bank": [tuple(torch.cat(x) for x in zip(*step, strict=True)) for step in steps]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        # A checkpoint holds the rows of one process only; of several, each begins its bank anew.
-        self._bank = state_dict["bank"] if world_size() == 1 else []
+        """Go on from :meth:`state_dict`, with as many processes or others: each takes its share."""
+        self._neighbors = None
+        self._bank = []
+        for r, labels in state_dict["bank"]:
+            share = len(labels) // world_size()
+            own = slice(rank() * share, (rank() + 1) * share)
+            self._bank.append((r[own], labels[own]))
+
+
+def gather_labeled(r: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all processes and their labels."""
+    rows, column = gather_rows(r, labels[:, None].to(r.dtype))
+    return rows, column[:, 0].long()

@@ -7,6 +7,8 @@ from weakref import ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from adadim_lightning.distributed import check_strategy
+
 
 class TappingCallback(Callback):
     """Taps that come and go with the fit, whatever ends it, and a state that belongs to one model.
@@ -32,8 +34,9 @@ class TappingCallback(Callback):
         return f"{self.name}/{key}" if self.name else key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the model of an earlier fit, if this is another."""
+        """Forget the model of an earlier fit, if this is another; refuse one that is cut into parts."""
         if stage == "fit":
+            check_strategy(trainer, self)
             if self._blank is None:
                 self._blank = deepcopy(self.state_dict())
             elif self._followed is None or self._followed() is not pl_module:

@@ -17,7 +17,7 @@ SWITCHES = ("channels_last", "compile", "show_views", "resume")
 KEYS = {
     *REQUIRED,
     *SWITCHES,
-    *("eval_data", "lr_schedule", "lr_scaling", "callbacks", "logger", "optimized_metric", "trust"),
+    *("eval_data", "lr_schedule", "lr_scaling", "callbacks", "guard", "logger", "optimized_metric", "trust"),
 }
 TRAINER_INTEGERS = {
     "max_epochs": 1,

@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from adadim_lightning.callbacks.probes import OnlineProbe
+from adadim_lightning.callbacks.collapse import CollapseGuard
+from adadim_lightning.callbacks.probing import OnlineProbe
 from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_output, in_main_process
 from adadim_lightning.cli import slurm
 from adadim_lightning.cli.app import INTERRUPTED, one_line
@@ -96,6 +97,7 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         "seed": config.get("seed"),
         "epochs": earlier.get("epochs", 0),
         "seconds": earlier.get("seconds", 0.0),
+        "events": earlier.get("events", []),
         "overrides": overrides,
         "config": OmegaConf.to_container(config),
         "run_id": earlier.get("run_id") or uuid.uuid4().hex[:8],
@@ -128,7 +130,11 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
     finally:
         first, last = read_metrics(folder / "metrics.csv")
         values = last | run.evaluation
-        summary |= {"epochs": run.epochs or summary["epochs"], "seconds": round(time.perf_counter() - start, 2)}
+        summary |= {
+            "epochs": run.epochs or summary["epochs"],
+            "seconds": round(time.perf_counter() - start, 2),
+            "events": run.events,
+        }
         write_summary(folder / "summary.json", summary | values)
         # Each job of a sweep is a run of its own, and one that did not end well is shown as failed.
         finish_loggers(exit_code=0 if summary["status"] == "ok" else 1)
@@ -167,6 +173,12 @@ class Run:
     def epochs(self) -> int:
         """Number of epochs that were finished."""
         return 0 if self.trainer is None else self.trainer.current_epoch
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the guard saw."""
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return [event for x in callbacks if isinstance(x, CollapseGuard) for event in x.events]
 
     @property
     def optimized_metric(self) -> str:
@@ -252,7 +264,9 @@ class Run:
                 continue
             was = checkpoint.get("adadim", {}).get("config", {}).get("optimizer", {}).get("_target_")
             if was not in (None, self.config.optimizer.get("_target_")):
-                raise ValueError(f"the run was begun with the optimizer {was}; another cannot go on with its state")
+                raise ValueError(
+                    f"the run was begun with the optimizer {was}; another cannot go on with its state"
+                )
             self.checkpoint, steps = path, int(checkpoint["global_step"])
             say(f"resume     {os.path.relpath(path)}, step {steps:,}")
             return steps, checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {})
@@ -266,6 +280,8 @@ class Run:
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
         callbacks = list(instantiate(self.config.get("callbacks") or {}, _convert_="all").values())
+        guard = instantiate(self.config.get("guard") or None, _convert_="all")
+        callbacks += [] if guard is None else [guard]  # after what it reads
         if not in_main_process():
             for lines in (callback for callback in callbacks if isinstance(callback, EpochLines)):
                 lines.label = f"#{self.folder.name}"

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 REQUEUED = -1  # with which submitit ends a job that it has had requeued
 GRACE_S = 3600  # more than Slurm leaves a job between SIGTERM and SIGKILL

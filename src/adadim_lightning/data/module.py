@@ -163,7 +163,7 @@ class ImageData(LightningDataModule):
     def _taken(self) -> Place:
         if self.trainer is None:
             raise ValueError("only a loader that a trainer reads knows how far it was read")
-        loop = self.trainer.fit_loop
+        loop: Any = self.trainer.fit_loop
         return Place(loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -183,7 +183,7 @@ class ImageData(LightningDataModule):
         return DataLoader(
             images,
             max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // math.prod(self.image_shape[1:]))),
-            collate_fn=_Collate(prepare),
+            collate_fn=_Collate(prepare),  # type: ignore[arg-type]
             **self._options(images),
         )
 

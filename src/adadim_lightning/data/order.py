@@ -123,8 +123,9 @@ class Shuffled(Dataset[Any]):
         if views.on_host:
             # From an image's own size, where the views have a size of theirs.
             read = self.images.__getitem__ if views.size is None else self.images.pixels
-            images, labels = zip(*map(read, indices), strict=True)
-            return _views_of(images, views, self.seed, positions[0]), torch.tensor(labels)
+            pairs = [read(index) for index in indices]
+            labels = torch.tensor([label for _, label in pairs])
+            return _views_of([image for image, _ in pairs], views, self.seed, positions[0]), labels
         images, labels = self.images.__getitems__(indices)
         with seeded(self.seed, positions[0]):
             return views(images), labels

@@ -1,10 +1,11 @@
 """Effective rank of the most recent rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from adadim_lightning.distributed import world_size
+from adadim_lightning.distributed import of_all_processes, rank, world_size
 from adadim_lightning.metrics.effective_rank import EffectiveRank
 
 STATES = ("rows", "keys", "seen", "count", "mean", "scatter")
@@ -26,6 +27,7 @@ class RecentRows:
         self.center = center
         self._opened = 0
         self._chunks: list[EffectiveRank] = []
+        self._rows: list[int] = []  # of all processes, in each chunk that has ended
         self._open: EffectiveRank | None = None
         self._last_read: tuple[Tensor, int, int] | None = None
 
@@ -49,10 +51,11 @@ class RecentRows:
 
     def close(self) -> None:
         """End the chunk, and let go of those that the younger ones make superfluous."""
-        self._open = None
-        rows = [chunk.num_rows * world_size() for chunk in self._chunks]
-        while sum(rows[1:]) >= self.window:
-            rows.pop(0)
+        if self._open is not None:
+            self._rows.append(self._open.num_rows * world_size())
+            self._open = None
+        while sum(self._rows[1:]) >= self.window:
+            self._rows.pop(0)
             self._chunks.pop(0)
 
     def read(self) -> tuple[Tensor, int, int]:
@@ -80,19 +83,40 @@ class RecentRows:
         return self._last_read
 
     def state_dict(self) -> dict[str, Any]:
-        """The chunks, for a checkpoint."""
-        chunks = [{name: getattr(chunk, name) for name in STATES} for chunk in self._chunks]
-        return {"opened": self._opened, "chunks": chunks, "open": self._open is not None}
+        """The chunks of all processes, for a checkpoint; every process must call this."""
+        chunks = [{name: _on_cpu(getattr(chunk, name)) for name in STATES} for chunk in self._chunks]
+        return {"opened": self._opened, "open": self._open is not None, "processes": of_all_processes(chunks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._opened = state["opened"]
-        self._chunks, self._open, self._last_read = [], None, None
-        if world_size() > 1:
-            return  # a checkpoint holds the rows of one process only; of several, each begins its window anew
-        for values in state["chunks"]:
-            chunk = EffectiveRank(center=self.center)
+        """Go on from :meth:`state_dict`, with as many processes or others: each row stays in one of them."""
+        processes = state["processes"]
+        chunks = list(zip(*processes, strict=True))
+        self._opened, self._last_read = state["opened"], None
+        first = self._opened - len(chunks)
+        self._chunks = [self._restore(seed, parts) for seed, parts in enumerate(chunks, start=first)]
+        self._rows = [sum(int(values["seen"]) for values in parts) for parts in chunks]
+        self._open = None
+        if state["open"] and len(processes) == world_size():
+            self._rows.pop()
+            self._open = self._chunks[-1]
+
+    def _restore(self, seed: int, parts: Sequence[dict[str, Any]]) -> EffectiveRank:
+        """A chunk with what this process takes of the parts that the processes had."""
+        whole = []
+        for values in parts:
+            chunk = EffectiveRank(center=self.center, seed=seed)
             for name in STATES:
                 setattr(chunk, name, values[name])
-            self._chunks.append(chunk)
-        self._open = self._chunks[-1] if state["open"] else None
+            whole.append(chunk)
+        own = whole[rank() :: world_size()]
+        if not own:  # there were fewer processes
+            own = [EffectiveRank(center=self.center, seed=seed)]
+            assert whole[0].dim is not None
+            own[0]._hold_nothing(whole[0].dim)
+        for other in own[1:]:
+            own[0].merge_state(other)
+        return own[0]
+
+
+def _on_cpu(state: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return state.cpu() if isinstance(state, Tensor) else [x.cpu() for x in state]
