@@ -6,8 +6,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers, and what the
 
 import pytest
 import torch
+from hypothesis import Phase, settings
+
+from tests.reliability.table import pytest_terminal_summary  # noqa: F401 -- here, because xdist reads no other conftest
 
 torch.set_num_threads(1)
+
+# The same examples each time; for others and more of them: HYPOTHESIS_PROFILE=thorough.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=15, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=500, database=None, print_blob=True)
+# Where tests run again and again: a failure is all that counts, not its smallest example.
+settings.register_profile(
+    "mutation", settings.get_profile("ci"), max_examples=5, phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

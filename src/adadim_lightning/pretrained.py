@@ -1,6 +1,7 @@
 """Backbones that were trained before: by this package, or by anybody."""
 
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
         with path.open("rb") as file:
             if not file.read(4).startswith(MAGIC):
                 raise ValueError("it was not written by PyTorch")
+        if zipfile.is_zipfile(path):
+            _check_sums(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -109,6 +112,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds no weights but {type(found).__name__}")
     return dict(found)
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError if a file is not, to the bit, what was written; PyTorch would not notice."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"it is damaged, in {damaged}")
 
 
 def load_pretrained(path: str | Path, *, trust: Sequence[str] = ()) -> Pretrained:

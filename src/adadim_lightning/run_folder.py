@@ -45,7 +45,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a summary of a run: {error}") from None
+        raise ValueError(
+            f"{path} is not a summary of a run: {error}; remove it to go on from the checkpoints"
+        ) from None
     if not isinstance(summary, dict) or "status" not in summary:
         raise ValueError(f"{path} is not a summary of a run: it has no status")
     if summary["status"] == "running" and not is_running(folder):

@@ -1,5 +1,6 @@
 """What all commands share: Hydra around a task, and one line instead of a traceback."""
 
+import argparse
 import difflib
 import functools
 import glob
@@ -8,7 +9,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # as shells number a Ctrl-C
@@ -73,18 +75,15 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         _set_environment(FULL_ERROR, wanted)
         # Hydra 1.4 asks for a list of allowed classes; ours is in `trust`, and 1.3 takes none.
         warnings.filterwarnings("ignore", r"\s*hydra\.utils\.instantiate\(\) resolved")
-        usual = warnings.formatwarning
-        if wanted != "1":
-            warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
-            return task(config)
+            with _one_line_each(wanted):
+                return task(config)
         except Exception as error:
             # In a sweep the error goes to the sweeper; alone, Hydra would add a line of its own to it.
             if wanted == "1" or HydraConfig.get().mode != RunMode.RUN:
                 raise
             _fail(command, error)
         finally:
-            warnings.formatwarning = usual
             os.environ[FULL_ERROR] = "1"
 
     offer_eval_data()
@@ -92,7 +91,8 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
     # Hydra raises instead of printing a traceback and ending the process by itself.
     os.environ[FULL_ERROR] = "1"
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(quiet_task)()
+        with _one_line_each(wanted):
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(quiet_task)()
     except Exception as error:
         if wanted == "1":
             raise
@@ -103,10 +103,33 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         _set_environment(FULL_ERROR, wanted)
 
 
+@contextmanager
+def _one_line_each(full: str | None) -> Iterator[None]:
+    """Make a line of every warning, and of what is wrong with the flags, unless all of it is wanted."""
+    usual = warnings.formatwarning, argparse.ArgumentParser.error
+    if full != "1":
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning, argparse.ArgumentParser.error = usual  # type: ignore[method-assign]
+
+
+def _refuse_flags(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    hint = "put flags such as -m before all overrides" if "=" in message else "--help shows the usage"
+    raise ValueError(f"{message}; {hint}")
+
+
 def _fail(command: str, error: Exception) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
-        print(f"{command}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{command}: error: {_printable(one_line(error))}", file=sys.stderr)
     sys.exit(1)
+
+
+def _printable(text: str) -> str:
+    """A text without line breaks and without what would move the cursor or color the terminal."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def _set_environment(name: str, value: str | None) -> None:
@@ -136,6 +159,8 @@ def one_line(error: BaseException) -> str:
             return f"{group} has no option {option!r}; did you mean {meant!r}?"
         return f"{group or 'the configuration'} has no option {option!r}{_nearest(option, shown)}"
     for candidate in (error, cause):
+        if isinstance(candidate, InterpolationResolutionError):
+            break  # its key is there; what its value refers to is not
         if isinstance(candidate, OmegaConfBaseException) and candidate.parent_node is not None:
             parent = candidate.parent_node
             if isinstance(parent, DictConfig) and isinstance(candidate.key, str) and candidate.key not in parent:
@@ -170,7 +195,16 @@ def _is_output(path: str) -> bool:
 
 def _message(error: BaseException) -> str:
     """What an error says, with its type where only that tells what kind of thing went wrong."""
-    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if _lost_worker(error):
+        return (
+            "a worker of the data loader was killed, perhaps out of memory; fewer take less: data.num_workers=..."
+        )
+    if _out_of_memory(error):
+        return "out of memory; lower data.batch_size, or take a smaller backbone or image size"
+    if lines and lines[0].startswith("Error(s) in loading state_dict"):
+        return f"the checkpoint does not fit the model, resume with the settings it was trained with: {lines[1]}"
+    message = "; ".join(lines)
     if "mismatched input '='" in message:
         message += "; quote a value that holds an equals sign, as in 'ckpt=\"epoch=1.ckpt\"'"
     plain = (ValueError, RuntimeError, hydra.errors.HydraException, OmegaConfBaseException)
@@ -178,6 +212,20 @@ def _message(error: BaseException) -> str:
     if isinstance(error, plain) or type(error).__name__ == "MisconfigurationException":
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} ({FULL_ERROR}=1 shows the traceback)"
+
+
+def _lost_worker(error: BaseException) -> bool:
+    """Whether a process that loads images died: its pipe breaks, if PyTorch does not notice before."""
+    if "DataLoader worker" in str(error):
+        return True
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, EOFError | ConnectionError) and any(x.endswith("dataloader.py") for x in files)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, of the host or of a GPU."""
+    told = any(words in str(error) for words in ("can't allocate memory", "CUDA out of memory"))
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _configured_key(error: BaseException) -> str | None:
@@ -213,4 +261,4 @@ def _nearest(wrong: str, names: Iterable[str], *, new: str | None = None) -> str
     near = nearest(wrong, names)
     if near is not None:
         return f"; did you mean {near!r}?"
-    return f"; it has {', '.join(names)}" + (f"; add a new one by +{new}=..." if new else "")
+    return f"; it has {', '.join(names) or 'none'}" + (f"; add a new one by +{new}=..." if new else "")

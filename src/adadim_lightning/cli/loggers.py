@@ -25,6 +25,7 @@ WANDB_ENVIRONMENT = {
     "job_type": "WANDB_JOB_TYPE",
     "name": "WANDB_NAME",
 }
+PATIENCE_S = 30  # for the servers of wandb
 WANDB_LABEL = 128  # characters that wandb allows
 MLFLOW_RUN_ID = "adadim.run_id"
 
@@ -110,8 +111,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _wandb(key: str, node: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> Logger:
     import wandb
 
-    # Left alone, wandb talks at length, and takes hold of stdout.
-    quiet = wandb.Settings(silent=True, console="off")
+    # Left alone, wandb talks at length, takes hold of stdout, and waits for a network for a minute and a half.
+    patience = os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE_S)
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=float(patience))
     # With a service of its own: that of a parent process may still hold this run, if an earlier part was killed.
     os.environ.pop("WANDB_SERVICE", None)
     wandb.setup(settings=quiet)
@@ -121,9 +123,28 @@ def _wandb(key: str, node: Mapping[str, Any], labels: Mapping[str, Any], folder:
         for name, label in labels.items()
     }
     rest = {name: value for name, value in node.items() if name not in (*WANDB_KEYS, *wanted)}
-    logger = instantiate(rest, _partial_=True, _convert_="all")(**wanted, mode=mode, settings=quiet)
+    make = instantiate(rest, _partial_=True, _convert_="all")
+    logger = make(**wanted, mode=mode, settings=quiet)
+    if mode == "online" and not _is_reached(logger):
+        mode, reason = "offline", "no network"
+        wandb.teardown()  # its service still holds the run
+        wandb.setup(settings=quiet)
+        logger = make(**wanted, mode=mode, settings=quiet)
     _begin_wandb(logger, node, folder, mode, reason)
     return logger  # type: ignore[no-any-return]
+
+
+def _is_reached(logger: Any) -> bool:
+    """Whether the run could begin online; a training is not given up for want of a network."""
+    from wandb.errors import AuthenticationError, CommError
+
+    try:
+        _ = logger.experiment  # in other processes than the first, nothing
+    except AuthenticationError:
+        raise
+    except CommError:
+        return False
+    return True
 
 
 @rank_zero_only

@@ -30,6 +30,7 @@ from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.check import check_config, check_unused, hold
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
+from adadim_lightning.cli.resume import Past, find_past
 from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
 from adadim_lightning.cli.sweep import Job
 from adadim_lightning.cli.sweep_report import print_line
@@ -39,7 +40,6 @@ from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
-from adadim_lightning.pretrained import CheckpointError, read_state
 from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
 
@@ -164,7 +164,7 @@ class Run:
         self.folder = folder
         self.run_id = run_id
         self.job = job
-        self.checkpoint: Path | None = None
+        self.past = Past()
         self.evaluation: Figures = {}
         self.views: TwoViews
         self.trainer: Trainer | None = None
@@ -209,9 +209,11 @@ class Run:
                 part.compile()
         objective = instantiate(config.objective, _convert_="all")
         callbacks = self._callbacks()
+        if resume:
+            self.past = find_past(self.folder, config.optimizer.get("_target_"))
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [
-            metrics_log(self.folder, *(self._find_checkpoint() if resume else ())),
+            metrics_log(self.folder, self.past.steps, self.past.history),
             *make_loggers(
                 config.get("logger"),
                 folder=self.folder,
@@ -249,33 +251,6 @@ class Run:
             "image_shape": list(image.shape),
         }
         return True
-
-    def _find_checkpoint(self) -> tuple[int, dict[str, list[float]]]:
-        """Number of steps behind the last checkpoint, which the fit goes on from, and what its epochs logged."""
-        # last.ckpt points nowhere where a run was killed between removing the old checkpoint and setting the link.
-        found = {path.resolve() for path in (self.folder / "checkpoints").glob("*.ckpt") if path.exists()}
-        for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
-            try:
-                checkpoint = read_state(path)
-                if "global_step" not in checkpoint:
-                    raise CheckpointError(f"{path} cannot be read: it is no checkpoint of a run")
-            except CheckpointError as error:
-                say(f"resume     {error}; looking further")
-                continue
-            was = checkpoint.get("adadim", {}).get("config", {}).get("optimizer", {}).get("_target_")
-            if was not in (None, self.config.optimizer.get("_target_")):
-                raise ValueError(
-                    f"the run was begun with the optimizer {was}; another cannot go on with its state"
-                )
-            self.checkpoint, steps = path, int(checkpoint["global_step"])
-            say(f"resume     {os.path.relpath(path)}, step {steps:,}")
-            return steps, checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {})
-        if found:
-            raise ValueError(
-                f"no checkpoint in {os.path.relpath(self.folder)} can be read; to begin anew, remove its folder "
-                "checkpoints"
-            )
-        return 0, {}
 
     def _callbacks(self) -> list[Callback]:
         """The callbacks; probes read the labeled images of ``eval_data``, and without labels there are none."""
@@ -335,7 +310,7 @@ class Run:
         assert self.trainer is not None
         slurm.requeue_when_told()
         try:
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.past.checkpoint, weights_only=True)
         except Exception as error:
             # Slurm sends SIGTERM to all processes of a job: without its loader's workers, or submitit's call of
             # scontrol, the training fails, but that is no fault of its own.

@@ -18,6 +18,7 @@ from adadim_lightning.data.views import TwoViews
 from adadim_lightning.functional._numeric import check_integer
 
 MOST_ON_DEVICE = 8 * 2**30
+MOST_WORKERS = 1024
 EVALUATION_BATCH = 512
 EVALUATION_PIXELS = 64 * 224**2  # of a batch; without gradients, yet on any machine
 
@@ -57,6 +58,8 @@ class ImageData(LightningDataModule):
         check_integer("batch_size", batch_size, low=2)
         if num_workers is not None:
             check_integer("num_workers", num_workers, low=0)
+            if num_workers > MOST_WORKERS:
+                raise ValueError(f"num_workers must be at most {MOST_WORKERS}, got {num_workers}")
         if isinstance(train, ImageSet) and batch_size > len(train):
             raise ValueError(
                 f"batch_size must not exceed the number of training images, {len(train)}; got {batch_size}"
