@@ -53,6 +53,7 @@ def test_run_folder_holds_what_the_contract_promises(two_epochs: Path) -> None:
     assert config.callbacks.adadim.balance.every_n_steps == 5  # resolved
     assert OmegaConf.load(two_epochs / ".hydra" / "overrides.yaml")[1] == "seed=3"
     assert {path.name for path in (two_epochs / "checkpoints").iterdir()} == {
+        "epoch=0000-step=000010.ckpt",
         "epoch=0001-step=000020.ckpt",
         "last.ckpt",
     }
@@ -324,6 +325,7 @@ def test_mistakes_in_an_experiment_file_are_named(
     assert summary(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_interrupted_says_so_and_leaves_a_summary(
     sent: signal.Signals, code: int, tmp_path: Path
@@ -352,6 +354,7 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_a_summary(
     assert (tmp_path / "run" / "dynamics.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "adadim_lightning.cli.train", "trainer.max_epochs=3", "run_dir=run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
