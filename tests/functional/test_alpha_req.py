@@ -87,7 +87,16 @@ def test_with_fewer_than_two_eigenvalues_in_the_range_the_fit_starts_at_rank_1(d
 )
 def test_alpha_of_a_collapsed_input_is_infinite(x: Tensor) -> None:
     for dtype in DTYPES[:2]:
-        assert alpha_req(x.to(dtype)).item() == math.inf
+        alpha = alpha_req(x.to(dtype))
+        assert alpha.item() == math.inf
+        assert alpha.dtype == dtype
+
+
+def test_rounding_makes_no_exponent_negative() -> None:
+    for d in range(2, 60):
+        for scale in (0.3, 7.0):
+            isotropic = scale * torch.cat([torch.eye(d), -torch.eye(d)]).double()
+            assert 0 <= alpha_req(isotropic, first=1, last=d).item() < 1e-12
 
 
 def test_alpha_carries_no_gradient_and_ignores_autocast() -> None:

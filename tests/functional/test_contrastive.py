@@ -91,7 +91,7 @@ def test_nt_xent_ignores_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("temperature", [0, -0.1, math.nan])
 def test_a_temperature_that_is_not_positive_is_an_error(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+    with pytest.raises(ValueError, match="temperature must be"):
         nt_xent_loss(torch.eye(2), torch.eye(2), temperature=temperature)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightly.loss import VICRegLoss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adadim_lightning.functional import covariance_loss, invariance_loss, variance_loss, vicreg_loss
 from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
@@ -111,6 +112,25 @@ def test_the_covariance_part_from_the_gram_side_equals_its_definition(shape: tup
     z, _ = two_views(shape)
     _, _, twice = reference_parts(z, z)
     assert covariance_loss(z).item() == pytest.approx(twice / 2, rel=1e-4)
+
+
+class LargestResult(TorchDispatchMode):
+    """How many numbers the largest tensor holds that was computed."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_the_covariance_part_never_builds_the_larger_of_both_products(shape: tuple[int, int]) -> None:
+    with LargestResult() as largest:
+        covariance_loss(torch.randn(shape))
+    assert largest.numbers == shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("shape", [(40, 8), (8, 40)])

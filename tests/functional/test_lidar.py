@@ -105,7 +105,7 @@ def test_lidar_carries_no_gradient_and_ignores_autocast() -> None:
         (torch.ones(4, 3), 1e-4, r"shape \(N, q, d\).*got \(4, 3\)"),
         (torch.ones(1, 3, 2), 1e-4, "N, q >= 2"),
         (torch.ones(3, 1, 2), 1e-4, "N, q >= 2"),
-        (torch.ones(3, 2, 0), 1e-4, "d >= 1"),
+        (torch.ones(3, 2, 0), 1e-4, r"shape \(N, q, d\).*got \(3, 2, 0\)"),
         (torch.ones(3, 2, 2, dtype=torch.int64), 1e-4, "floating-point"),
         (torch.full((3, 2, 2), math.nan), 1e-4, "NaN or an infinity"),
         (torch.ones(3, 2, 2), 0.0, "delta must be > 0"),
@@ -116,3 +116,9 @@ def test_lidar_carries_no_gradient_and_ignores_autocast() -> None:
 def test_lidar_rejects_what_it_cannot_measure(x: Tensor, delta: float, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
         lidar(x, delta=delta)
+
+
+@pytest.mark.parametrize("x", [None, [[[1.0, 2.0]]], np.ones((3, 2, 2))], ids=["None", "list", "array"])
+def test_lidar_of_what_is_no_tensor_is_an_error(x) -> None:
+    with pytest.raises(TypeError, match=f"x must be a tensor, got {type(x).__name__}"):
+        lidar(x)

@@ -243,3 +243,24 @@ def test_estimators_reject_what_is_no_finite_matrix(estimator, x: Tensor, cause:
 def test_an_unknown_spectrum_is_an_error(estimator) -> None:
     with pytest.raises(ValueError, match=r"spectrum must be.*'both'"):
         estimator(torch.eye(2), spectrum="both")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_eigenvalue_counts_once_it_exceeds_the_rounding_of_the_trace(transposed: bool) -> None:
+    for factor, counted in ((0.9, 1), (1.1, 2)):
+        eigenvalue = factor * 16 * np.finfo(float).eps  # of 16 rows or columns, with a trace of 1
+        x = torch.zeros(16, 2, dtype=torch.float64)
+        x[0, 0], x[1, 1] = 1.0, math.sqrt(eigenvalue)
+        assert eigenvalue_spectrum(x.T if transposed else x).count_nonzero() == counted
+
+
+def test_a_centered_eigenvalue_counts_once_it_exceeds_the_rounding_of_the_subtraction() -> None:
+    mean = 2.0**30
+    rounding = (16 * np.finfo(float).eps) ** 2 * 16 * (2 * mean**2)  # of 16 rows with two dimensions off center
+    turns = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for factor, counted in ((0.9, 1), (1.1, 2)):
+        small = math.sqrt(factor * rounding / 16)
+        x = torch.stack(
+            [mean + turns.repeat(8), torch.full((16,), mean), small * turns.repeat_interleave(8)], dim=1
+        )
+        assert eigenvalue_spectrum(x.double(), center=True).count_nonzero() == counted

@@ -13,7 +13,7 @@ from adadim_lightning.metrics import Alignment, EffectiveRank, MatrixEntropy, Ma
 from adadim_lightning.metrics._base import RowSampleMetric
 
 from .cases import CASES, DIM, Case, every_metric, joined, knn_accuracy, seen, stream
-from .distributed import TwoProcesses, update_and_compute
+from .distributed import Processes, update_and_compute
 
 SAMPLED = {
     "EffectiveRank": lambda max_rows, seed=0: EffectiveRank(max_rows=max_rows, seed=seed, max_dim=1),
@@ -252,7 +252,7 @@ def test_a_collection_can_be_called_reset_and_plotted() -> None:
     ids=["fewer rows than dimensions", "many and few", "few and many"],
 )
 def test_two_processes_give_what_one_gives_and_agree_bitwise(
-    case: Case, sizes: tuple[list[int], list[int]], two_processes: TwoProcesses
+    case: Case, sizes: tuple[list[int], list[int]], two_processes: Processes
 ) -> None:
     rounds = [[stream(case, by_rank) for by_rank in sizes] for _ in range(2)]
     results = two_processes.run(update_and_compute, case.make(), rounds)
@@ -263,7 +263,7 @@ def test_two_processes_give_what_one_gives_and_agree_bitwise(
 
 
 @every_metric
-def test_a_process_without_any_row_leaves_the_result_to_the_other(case: Case, two_processes: TwoProcesses) -> None:
+def test_a_process_without_any_row_leaves_the_result_to_the_other(case: Case, two_processes: Processes) -> None:
     batches = stream(case, [20, 9])
     for rounds in ([[batches, []]], [[[], batches]]):
         results = two_processes.run(update_and_compute, case.make(), rounds)
@@ -280,9 +280,7 @@ def sample_and_compute(metric: RowSampleMetric, rows_by_rank: list[Tensor]) -> t
 
 
 @every_sampled_metric
-def test_beyond_the_cap_all_processes_draw_the_same_sample_of_their_union(
-    make, two_processes: TwoProcesses
-) -> None:
+def test_beyond_the_cap_all_processes_draw_the_same_sample_of_their_union(make, two_processes: Processes) -> None:
     results = two_processes.run(sample_and_compute, make(400), [numbered_rows(0, 3000), numbered_rows(3000, 4000)])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)

@@ -11,7 +11,7 @@ from adadim_lightning.functional import effective_rank, eigenvalue_spectrum
 from adadim_lightning.functional.spectrum import Spectrum
 from adadim_lightning.metrics import EffectiveRank, Uniformity
 
-from .distributed import TwoProcesses
+from .distributed import Processes
 
 both_spectra = pytest.mark.parametrize("spectrum", ["singular", "eigen"])
 centered_and_not = pytest.mark.parametrize("center", [False, True])
@@ -159,7 +159,7 @@ def test_merged_samples_hold_all_rows_until_they_are_full() -> None:
 
 def test_only_an_effective_rank_of_the_same_width_can_be_merged() -> None:
     metric = after([torch.eye(4)])
-    with pytest.raises(ValueError, match="only an EffectiveRank can be merged, got Uniformity"):
+    with pytest.raises(ValueError, match="only another EffectiveRank can be merged, got Uniformity"):
         metric.merge_state(Uniformity())
     with pytest.raises(ValueError, match="rows of 5 dimensions with rows of 4"):
         metric.merge_state(after([torch.eye(5)]))
@@ -210,7 +210,7 @@ def eigenvalues_and_compute(metric: EffectiveRank, rows: list[Tensor]) -> tuple[
 @pytest.mark.parametrize("max_dim", [4096, 8])
 @pytest.mark.parametrize("counts", [(3, 5), (2, 200), (100, 9), (50, 51)])
 def test_two_processes_see_the_spectrum_of_all_rows(
-    counts: tuple[int, int], max_dim: int, center: bool, two_processes: TwoProcesses
+    counts: tuple[int, int], max_dim: int, center: bool, two_processes: Processes
 ) -> None:
     rows = list(decaying(sum(counts), 16).split(list(counts)))
     metric = EffectiveRank(center=center, max_dim=max_dim)

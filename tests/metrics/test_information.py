@@ -53,7 +53,7 @@ def test_information_may_be_negative_and_is_not_clamped() -> None:
 @pytest.mark.parametrize("make", [MatrixEntropy, MatrixMutualInformation])
 @pytest.mark.parametrize("order", [0, -1, math.nan, math.inf])
 def test_an_order_that_is_not_finite_and_positive_is_an_error(make, order: float) -> None:
-    with pytest.raises(ValueError, match="order must be a finite number > 0"):
+    with pytest.raises(ValueError, match="order must be"):
         make(order=order)
 
 

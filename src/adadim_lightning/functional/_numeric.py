@@ -28,6 +28,16 @@ def like(value: Tensor, x: Tensor) -> Tensor:
     return value.to(full_precision(x).dtype).to(x.device)
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32 or wider; a zero row has no direction and stays zero."""
+    x = full_precision(x)
+    # Divided by its largest entry first: the squares of a very long or short row would leave the range of float32.
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    x = x / largest.masked_fill(largest == 0, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / norm.clamp_min(1.0)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Context in which mixed precision does not narrow the arithmetic on ``x``."""
     # Where a device knows no mixed precision, there is none to switch off (MPS before torch 2.5).
@@ -47,6 +57,13 @@ def check_number(name: str, value: object, *, low: float = -math.inf, high: floa
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number above zero."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be > 0, got {value!r}")
+
+
 def check_integer(name: str, value: object, *, low: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -59,8 +76,15 @@ def check_bool(name: str, value: object) -> None:
         raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
+def check_tensor(x: object, name: str = "x") -> None:
+    """Raise TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_matrix(x: Tensor, name: str = "x", *, finite: bool = True) -> None:
     """Raise ValueError unless ``x`` is a non-empty ``(N, d)`` floating tensor (without NaN and infinity)."""
+    check_tensor(x, name)
     if x.ndim != 2 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (N, d) with N, d >= 1, got {tuple(x.shape)}")
     if not x.is_floating_point():

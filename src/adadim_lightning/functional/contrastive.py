@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_views, no_autocast
+from adadim_lightning.functional._numeric import check_positive, check_views, no_autocast
 from adadim_lightning.functional.information import cosine_gram
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+    check_positive("temperature", temperature)
 
 
 def _nt_xent_of_gram(gram: Tensor, temperature: float) -> Tensor:

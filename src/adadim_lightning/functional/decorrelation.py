@@ -5,7 +5,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, check_views, full_precision, no_autocast
+from adadim_lightning.functional._numeric import (
+    check_matrix,
+    check_positive,
+    check_views,
+    full_precision,
+    no_autocast,
+)
 
 Reduction = Literal["mean", "sum"]
 
@@ -35,7 +41,7 @@ def invariance_loss(z1: Tensor, z2: Tensor, *, reduction: Reduction = "mean") ->
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     with no_autocast(z1):
-        loss = (full_precision(z1) - full_precision(z2)).square().mean()
+        loss = (full_precision(z1) - z2).square().mean()
         return loss * z1.shape[1] if reduction == "sum" else loss
 
 
@@ -75,13 +81,13 @@ def variance_loss(z: Tensor, *, eps: float = 1e-4) -> Tensor:
 
     Args:
         z: embeddings, shape ``(N, d)``, N >= 2.
-        eps: keeps the square root differentiable at zero variance.
+        eps: keeps the square root differentiable at zero variance, > 0.
 
     Returns:
         Differentiable scalar in ``[0, 1)``.
 
     Raises:
-        ValueError: ``z`` is not two-dimensional or has fewer than 2 rows.
+        ValueError: ``z`` is not two-dimensional or has fewer than 2 rows; ``eps`` <= 0.
 
     Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022.
 
@@ -90,6 +96,7 @@ def variance_loss(z: Tensor, *, eps: float = 1e-4) -> Tensor:
         tensor(0.9900)
     """
     check_matrix(z, "z", finite=False)
+    check_positive("eps", eps)
     with no_autocast(z):
         return _hinge(_centered(z)[1], eps)
 
@@ -169,7 +176,7 @@ def vicreg_loss(
         Differentiable scalar.
 
     Raises:
-        ValueError: the views differ in shape or have fewer than 2 rows.
+        ValueError: the views differ in shape or have fewer than 2 rows; ``eps`` <= 0.
 
     Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022.
 
@@ -177,6 +184,7 @@ def vicreg_loss(
         >>> vicreg_loss(torch.zeros(4, 2), torch.zeros(4, 2), halve_variance=True)
         tensor(24.7500)
     """
+    check_positive("eps", eps)
     parts = _vicreg_parts(
         z1, z2, eps=eps, halve_variance=halve_variance, invariance_reduction=invariance_reduction
     )

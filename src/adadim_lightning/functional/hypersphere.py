@@ -5,13 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, check_views, full_precision, no_autocast
+from adadim_lightning.functional._numeric import (
+    check_matrix,
+    check_number,
+    check_positive,
+    check_views,
+    no_autocast,
+    unit_rows,
+)
 from adadim_lightning.functional.information import cosine_gram
-
-
-def _check_t(t: float) -> None:
-    if not (isinstance(t, int | float) and 0 < t < math.inf):
-        raise ValueError(f"t must be > 0, got {t!r}")
 
 
 def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
@@ -37,7 +39,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
         tensor(-8.)
     """
     check_matrix(x)
-    _check_t(t)
+    check_positive("t", t)
     if len(x) < 2:
         raise ValueError(f"uniformity needs at least 2 rows, got {len(x)}")
     with no_autocast(x):
@@ -48,9 +50,7 @@ def uniformity(x: Tensor, *, t: float = 2.0) -> Tensor:
 
 def _row_alignment(x: Tensor, y: Tensor, alpha: float) -> Tensor:
     """Distance to the power ``alpha`` between matching rows, after L2 normalization; shape ``(N,)``."""
-    x = torch.nn.functional.normalize(full_precision(x), dim=1)
-    y = torch.nn.functional.normalize(full_precision(y), dim=1)
-    return torch.pow(torch.linalg.vector_norm(x - y, dim=1), alpha)
+    return torch.pow(torch.linalg.vector_norm(unit_rows(x) - unit_rows(y), dim=1), alpha)
 
 
 def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -62,13 +62,13 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
         x: vectors of the first view, shape ``(N, d)``, N >= 2, any floating dtype; rows are L2-normalized
             here.
         y: vectors of the second view, the same shape.
-        alpha: power of the distance.
+        alpha: power of the distance, >= 1 (below, equal views would have an infinite gradient).
 
     Returns:
         Differentiable scalar >= 0; 0 when both views agree.
 
     Raises:
-        ValueError: the views differ in shape, have fewer than 2 rows, or hold a NaN or infinity.
+        ValueError: the views differ in shape, have fewer than 2 rows, or hold a NaN or infinity; ``alpha`` < 1.
 
     Source: Wang & Isola, "Understanding contrastive representation learning through alignment and uniformity
     on the hypersphere", ICML 2020.
@@ -80,5 +80,6 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
     check_views(x, y, ("x", "y"))
     check_matrix(x, "x")
     check_matrix(y, "y")
+    check_number("alpha", alpha, low=1)
     with no_autocast(x):
         return _row_alignment(x, y, alpha).mean()

@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, full_precision, like, no_autocast, to_float64
+from adadim_lightning.functional._numeric import (
+    check_matrix,
+    check_positive,
+    full_precision,
+    like,
+    no_autocast,
+    to_float64,
+    unit_rows,
+)
 
 
 def cosine_gram(x: Tensor) -> Tensor:
@@ -26,17 +34,14 @@ def cosine_gram(x: Tensor) -> Tensor:
                 [0., 1.]])
     """
     with no_autocast(x):
-        x = full_precision(x)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        zero = norm == 0
-        x = x / norm.masked_fill(zero, 1.0)
+        x = unit_rows(x)
+        zero = ~x.any(dim=1, keepdim=True)
         gram: Tensor = x @ x.T + (zero & zero.T)
         return gram
 
 
 def _check_order(order: float) -> None:
-    if not (isinstance(order, int | float) and 0 < order < math.inf):
-        raise ValueError(f"order must be a finite number > 0, got {order!r}")
+    check_positive("order", order)
 
 
 def _renyi_entropy(gram: Tensor, order: float) -> Tensor:
@@ -139,7 +144,7 @@ def matrix_mutual_information(r: Tensor, z: Tensor, *, order: float = 2.0) -> Te
     if len(r) != len(z):
         raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
     _check_order(order)
-    dtype = torch.promote_types(full_precision(r).dtype, full_precision(z).dtype)
+    dtype = torch.promote_types(full_precision(r).dtype, z.dtype)
     with no_autocast(r):
         wide_r, wide_z = (r.to(dtype), z.to(dtype)) if order == 2 else (to_float64(r), to_float64(z))
         information = _renyi_information(cosine_gram(wide_r), cosine_gram(wide_z), order)

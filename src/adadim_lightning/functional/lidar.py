@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, check_number, like, no_autocast, to_float64
+from adadim_lightning.functional._numeric import (
+    check_matrix,
+    check_positive,
+    check_tensor,
+    like,
+    no_autocast,
+    to_float64,
+)
 from adadim_lightning.functional.spectrum import (
     _effective_rank_of_entropy,
     _eigenvalues,
@@ -49,12 +56,11 @@ def lidar(x: Tensor, *, delta: float = 1e-4) -> Tensor:
         >>> lidar(torch.stack([0.9 * images, 1.1 * images], dim=1))
         tensor(3.)
     """
+    check_tensor(x)
     if x.ndim != 3 or x.shape[0] < 2 or x.shape[1] < 2 or x.shape[2] < 1:
         raise ValueError(f"x must have shape (N, q, d) with N, q >= 2 and d >= 1, got {tuple(x.shape)}")
     check_matrix(x.flatten(0, 1))
-    check_number("delta", delta)
-    if delta <= 0:
-        raise ValueError(f"delta must be > 0, got {delta!r}")
+    check_positive("delta", delta)
     n, q, d = x.shape
     with no_autocast(x):
         views = to_float64(x)

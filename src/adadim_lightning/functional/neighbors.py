@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, full_precision, no_autocast
+from adadim_lightning.functional._numeric import (
+    check_integer,
+    check_matrix,
+    check_positive,
+    check_tensor,
+    no_autocast,
+    unit_rows,
+)
 
 
 @torch.no_grad()
@@ -30,7 +37,8 @@ def knn_predict(
         Predicted classes, shape ``(N,)``, int64.
 
     Raises:
-        ValueError: shapes do not match, an input is empty or not finite, ``k`` < 1 or ``temperature`` <= 0.
+        ValueError: shapes do not match, an input is empty or not finite, a label is no integer >= 0, or ``k`` < 1,
+            ``chunk_size`` < 1 or ``temperature`` <= 0.
 
     Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018.
 
@@ -40,16 +48,20 @@ def knn_predict(
     """
     check_matrix(x)
     check_matrix(bank, "bank")
+    check_tensor(bank_labels, "bank_labels")
     if x.shape[1] != bank.shape[1] or bank_labels.shape != bank.shape[:1]:
         raise ValueError(
             f"x {tuple(x.shape)}, bank {tuple(bank.shape)} and bank_labels {tuple(bank_labels.shape)} "
             "do not fit together"
         )
-    if k < 1 or not temperature > 0:
-        raise ValueError(f"k must be >= 1 and temperature > 0, got {k} and {temperature}")
+    if bank_labels.is_floating_point() or bank_labels.is_complex() or bool((bank_labels < 0).any()):
+        raise ValueError("bank_labels must be integers >= 0")
+    check_integer("k", k, low=1)
+    check_integer("chunk_size", chunk_size, low=1)
+    check_positive("temperature", temperature)
     with no_autocast(x):
-        bank = torch.nn.functional.normalize(full_precision(bank), dim=1)
-        x = torch.nn.functional.normalize(full_precision(x), dim=1).to(bank.dtype)
+        bank = unit_rows(bank)
+        x = unit_rows(x).to(bank.dtype)
         classes = int(bank_labels.max()) + 1
         predictions = []
         for chunk in torch.split(x, chunk_size):

@@ -37,7 +37,7 @@ def eigenvalue_spectrum(x: Tensor, *, center: bool = False) -> Tensor:
     with no_autocast(x):
         x = to_float64(x)
         mean = x.mean(dim=0) if center else x.new_zeros(())
-        x = x - mean if center else x
+        x = x - mean
         gram = x @ x.T if n < d else x.T @ x
         return _eigenvalues(gram, max(n, d), gram.trace() + n * mean.square().sum())
 
@@ -60,7 +60,7 @@ def _spectral_entropy_of_eigenvalues(eigenvalues: Tensor, spectrum: Spectrum) ->
         raise ValueError(f'spectrum must be "singular" or "eigen", got {spectrum!r}')
     values = eigenvalues.sqrt() if spectrum == "singular" else eigenvalues
     p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return -torch.xlogy(p, p).sum().clamp_max(0.0)
+    return -torch.xlogy(p, p).sum()
 
 
 @torch.no_grad()
@@ -122,8 +122,8 @@ def effective_rank(x: Tensor, *, spectrum: Spectrum = "singular", center: bool =
 
 
 def _effective_rank_of_entropy(entropy: Tensor, most: int) -> Tensor:
-    """``exp(entropy)``, kept from leaving ``[1, most]`` by a rounding error."""
-    return entropy.exp().clamp(1.0, float(most))
+    """``exp(entropy)``, kept from exceeding ``most`` by a rounding error."""
+    return entropy.exp().clamp_max(float(most))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What the metrics share: plotting, float64 states, and a random sample of rows that is the same everywhere."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,32 @@ class RowSampleMetric(BaseMetric):
         self.seen = self.seen + len(rows)
         # A copy: the model may go on to change the tensor in place.
         self._extend([full_precision(rows.detach().clone())], [keys])
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add all rows that another metric of the same class has seen.
+
+        Metrics whose rows exceed ``max_rows`` should differ in ``seed``: equal seeds draw rows of equal places.
+
+        Args:
+            incoming_state: that metric; it stays as it is.
+
+        Raises:
+            ValueError: it is of another class, or has another number of dimensions.
+        """
+        other = incoming_state
+        if not isinstance(other, type(self)):
+            raise ValueError(f"only another {type(self).__name__} can be merged, got {type(other).__name__}")
+        if other.dim is None:
+            return
+        if self.dim not in (None, other.dim):
+            raise ValueError(f"cannot merge rows of {other.dim} dimensions with rows of {self.dim}")
+        self._add_rows_of(other)
+        self.seen = self.seen + other.seen
+        self._update_count += other._update_count
+        self._computed = None
+
+    def _add_rows_of(self, other: Self) -> None:
+        self._extend(other.rows, other.keys)
 
     def _check_rows(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a finite matrix as wide as those before."""

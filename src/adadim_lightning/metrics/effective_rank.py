@@ -1,6 +1,6 @@
 """Streaming effective rank."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -146,23 +146,16 @@ class EffectiveRank(RowSampleMetric):
             ValueError: it is no ``EffectiveRank``, or has another ``max_dim`` or number of dimensions.
         """
         other = incoming_state
-        if not isinstance(other, EffectiveRank):
-            raise ValueError(f"only an EffectiveRank can be merged, got {type(other).__name__}")
-        if other.max_dim != self.max_dim:
+        if isinstance(other, EffectiveRank) and other.max_dim != self.max_dim:
             raise ValueError(f"cannot merge rows kept with max_dim {other.max_dim} and with {self.max_dim}")
-        if other.dim is None:
+        super().merge_state(other)
+
+    def _add_rows_of(self, other: Self) -> None:
+        if not other.scatter.numel():
+            super()._add_rows_of(other)
             return
         if self.dim is None:
-            if other.dim <= self.max_dim:
-                self._allocate(other.dim, other.scatter.device)
-        elif self.dim != other.dim:
-            raise ValueError(f"cannot merge rows of {other.dim} dimensions with rows of {self.dim}")
-        self._update_count += other._update_count
-        self._computed = None
-        self.seen = self.seen + other.seen
-        if other.dim > self.max_dim:
-            self._extend(other.rows, other.keys)
-            return
+            self._allocate(other.scatter.shape[0], other.scatter.device)
         if other.count > 0:
             self._merge(other.count, other.mean, other.scatter)
         for rows in other.rows:

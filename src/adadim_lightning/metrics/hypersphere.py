@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix, to_float64
-from adadim_lightning.functional.hypersphere import _check_t, _row_alignment, uniformity
+from adadim_lightning.functional._numeric import check_matrix, check_number, check_positive, to_float64
+from adadim_lightning.functional.hypersphere import _row_alignment, uniformity
 from adadim_lightning.metrics._base import BaseMetric, RowSampleMetric
 
 
@@ -19,7 +19,7 @@ class Uniformity(RowSampleMetric):
     uniform.
 
     Args:
-        t: sharpness of the potential.
+        t: sharpness of the potential, > 0.
         max_rows: size of the sample, the same rows on every process.
         seed: of the sample.
         kwargs: see ``torchmetrics.Metric``.
@@ -42,7 +42,7 @@ class Uniformity(RowSampleMetric):
 
     def __init__(self, *, t: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
-        _check_t(t)
+        check_positive("t", t)
         self.t = t
 
     def update(self, x: Tensor) -> None:
@@ -67,7 +67,7 @@ class Alignment(BaseMetric):
     As input: ``x`` and ``y``, both of shape ``(N, d)``, any floating dtype. As output: scalar >= 0.
 
     Args:
-        alpha: power of the distance.
+        alpha: power of the distance, >= 1.
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
@@ -92,6 +92,7 @@ class Alignment(BaseMetric):
 
     def __init__(self, *, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number("alpha", alpha, low=1)
         self.alpha = alpha
         self._add_settings(alpha)
         self.add_state("total", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")

@@ -1,6 +1,6 @@
 """Matrix-based entropy and mutual information over a sample of the rows."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -119,6 +119,12 @@ class MatrixMutualInformation(RowSampleMetric):
             raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
         self.dim_r = torch.full_like(self.dim_r, r.shape[1])
         self._sample(torch.cat([r, z], dim=1))
+
+    def _add_rows_of(self, other: Self) -> None:
+        if self.dim is not None and self.dim_r != other.dim_r:
+            raise ValueError(f"cannot merge r of {int(other.dim_r)} dimensions with r of {int(self.dim_r)}")
+        self.dim_r = other.dim_r.clone()
+        super()._add_rows_of(other)
 
     def compute(self) -> Tensor:
         """Mutual information of the sampled rows, in nats."""
