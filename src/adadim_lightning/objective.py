@@ -12,13 +12,14 @@ from adadim_lightning.distributed import gather_rows, world_size
 from adadim_lightning.functional._numeric import (
     check_bool,
     check_number,
+    check_positive,
     check_views,
     full_precision,
     no_autocast,
 )
-from adadim_lightning.functional.contrastive import _check_temperature, _nt_xent_of_gram
+from adadim_lightning.functional.contrastive import _nt_xent_of_gram
 from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
-from adadim_lightning.functional.information import _check_order, _renyi_information, cosine_gram
+from adadim_lightning.functional.information import _renyi_information, cosine_gram
 
 _GRADIENT_SCALE = 1024.0
 
@@ -99,15 +100,14 @@ class AdaDimLoss(nn.Module):
         invariance_reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_temperature(temperature)
-        _check_order(order)
+        check_positive("temperature", temperature)
+        check_positive("order", order)
         check_number("gamma", gamma)
         check_number("invariance_weight", invariance_weight, low=0)
         check_number("variance_weight", variance_weight, low=0)
         check_number("covariance_weight", covariance_weight, low=0)
         check_bool("halve_variance", halve_variance)
-        if not (isinstance(eps, int | float) and 0 < eps < math.inf):
-            raise ValueError(f"eps must be > 0, got {eps!r}")
+        check_positive("eps", eps)
         if invariance_reduction not in ("mean", "sum"):
             raise ValueError(f'invariance_reduction must be "mean" or "sum", got {invariance_reduction!r}')
         self.match_gradients = kappa == "match"

@@ -9,10 +9,6 @@ from adadim_lightning.functional._numeric import check_positive, check_views, no
 from adadim_lightning.functional.information import cosine_gram
 
 
-def _check_temperature(temperature: float) -> None:
-    check_positive("temperature", temperature)
-
-
 def _nt_xent_of_gram(gram: Tensor, temperature: float) -> Tensor:
     """NT-Xent from the cosine similarities of the 2N stacked rows."""
     n = len(gram) // 2
@@ -46,6 +42,6 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, *, temperature: float = 0.2) -> Tensor:
         tensor(0.5514)
     """
     check_views(z1, z2)
-    _check_temperature(temperature)
+    check_positive("temperature", temperature)
     with no_autocast(z1):
         return _nt_xent_of_gram(cosine_gram(torch.cat([z1, z2])), temperature)

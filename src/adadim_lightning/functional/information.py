@@ -40,10 +40,6 @@ def cosine_gram(x: Tensor) -> Tensor:
         return gram
 
 
-def _check_order(order: float) -> None:
-    check_positive("order", order)
-
-
 def _renyi_entropy(gram: Tensor, order: float) -> Tensor:
     """Renyi entropy in nats of a positive semi-definite matrix, normalized to trace one."""
     if order == 2:
@@ -92,7 +88,7 @@ def matrix_entropy(x: Tensor, *, order: float = 2.0) -> Tensor:
         tensor(1.3863)
     """
     check_matrix(x)
-    _check_order(order)
+    check_positive("order", order)
     with no_autocast(x):
         wide = x if order == 2 else to_float64(x)
         return like(_renyi_entropy(cosine_gram(wide), order), x)
@@ -143,7 +139,7 @@ def matrix_mutual_information(r: Tensor, z: Tensor, *, order: float = 2.0) -> Te
     check_matrix(z, "z")
     if len(r) != len(z):
         raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
-    _check_order(order)
+    check_positive("order", order)
     dtype = torch.promote_types(full_precision(r).dtype, z.dtype)
     with no_autocast(r):
         wide_r, wide_z = (r.to(dtype), z.to(dtype)) if order == 2 else (to_float64(r), to_float64(z))

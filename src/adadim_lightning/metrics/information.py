@@ -5,8 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_matrix
-from adadim_lightning.functional.information import _check_order, matrix_entropy, matrix_mutual_information
+from adadim_lightning.functional._numeric import check_matrix, check_positive
+from adadim_lightning.functional.information import matrix_entropy, matrix_mutual_information
 from adadim_lightning.metrics._base import RowSampleMetric, check_width
 
 
@@ -44,7 +44,7 @@ class MatrixEntropy(RowSampleMetric):
 
     def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
-        _check_order(order)
+        check_positive("order", order)
         self.order = order
 
     def update(self, x: Tensor) -> None:
@@ -96,7 +96,7 @@ class MatrixMutualInformation(RowSampleMetric):
 
     def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
-        _check_order(order)
+        check_positive("order", order)
         self.order = order
         # A row is r and z side by side.
         self.add_state("dim_r", default=torch.tensor(0), dist_reduce_fx="max")

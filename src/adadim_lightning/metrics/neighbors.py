@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adadim_lightning.functional._numeric import check_integer, check_positive
 from adadim_lightning.functional.neighbors import knn_predict
 from adadim_lightning.metrics._base import BaseMetric
 
@@ -53,6 +54,9 @@ class KNNAccuracy(BaseMetric):
 
     def __init__(self, *, k: int = 20, temperature: float = 0.07, chunk_size: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_integer("k", k, low=1)
+        check_positive("temperature", temperature)
+        check_integer("chunk_size", chunk_size, low=1)
         self.k = k
         self.temperature = temperature
         self.chunk_size = chunk_size
