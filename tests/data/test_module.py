@@ -286,3 +286,29 @@ def test_nothing_is_held_out_where_that_is_wanted_or_there_is_nothing_to_score()
 def test_a_share_that_cannot_be_is_an_error(share: Any) -> None:
     with pytest.raises(ValueError, match=r"held_out"):
         split([0, 0, 1, 1], share)
+
+
+class Orders(Callback):
+    """Notes the labels of each epoch's training batches."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[int]] = []
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.epochs.append([])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.epochs[-1] += batch[1].tolist()
+
+
+def test_each_epoch_has_an_order_of_its_own_also_from_a_loader_that_is_made_anew() -> None:
+    images = all_digits().train.images[:32]
+    found = []
+    for reload in (0, 1):
+        data = ImageData(MemoryImages(images, torch.arange(32)), None, views=two_noisy_views(), batch_size=16)
+        orders = Orders()
+        fit(tiny_module(), data, orders, max_epochs=3, reload_dataloaders_every_n_epochs=reload)
+        assert all(sorted(epoch) == list(range(32)) for epoch in orders.epochs)
+        assert len({tuple(epoch) for epoch in orders.epochs}) == 3
+        found.append(orders.epochs)
+    assert found[0] == found[1]

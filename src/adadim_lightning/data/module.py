@@ -136,22 +136,22 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled training batches, each epoch in another order, which the seed of the run decides."""
         views = self.views if self._in_workers() else None
-        processes, rank, seed = 1, 0, torch.initial_seed()
+        processes, rank, epoch, seed = 1, 0, 0, torch.initial_seed()
         if self.trainer is not None:
+            epoch = self._epoch()  # a trainer may ask for a loader anew each epoch
             processes, rank = self.trainer.world_size, self.trainer.global_rank
-            seed = self.trainer.strategy.broadcast(seed)
+            seed = self._loader.dataset.seed if epoch and self._loader else self.trainer.strategy.broadcast(seed)
         seed = self._resumed.get("seed", seed)
         self._seed = hash((seed, rank)) % 2**63
         source: Shuffled | Streamed
         if isinstance(self.train, IterableDataset):
-            source, order = Streamed(self.train, views, self.batch_size, self._seed), None
+            source, order = Streamed(self.train, views, self.batch_size, seed, rank), None
         else:
             source = Shuffled(self.train, views, seed)
             order = ShuffledOrder(len(self.train), self.batch_size, processes, rank)
         self._loader = TrainingLoader(source, order=order, taken=self._taken, **self._options(self.train, views))
-        if self._resumed:
-            self._loader.load_state_dict(self._resumed)
-            self._resumed = {}
+        self._loader.load_state_dict({"seed": seed, "epoch": epoch, "batches": 0} | self._resumed)
+        self._resumed = {}
         return self._loader
 
     def state_dict(self) -> dict[str, int]:
@@ -166,8 +166,12 @@ class ImageData(LightningDataModule):
     def _taken(self) -> Place:
         if self.trainer is None:
             raise ValueError("only a loader that a trainer reads knows how far it was read")
-        loop: Any = self.trainer.fit_loop
-        return Place(loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready)
+        return Place(self._epoch(), self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def _epoch(self) -> int:
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_progress
+        return int(progress.current.processed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out batches; none without labels."""

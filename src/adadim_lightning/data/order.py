@@ -139,13 +139,17 @@ class Streamed(IterableDataset[Any]):
         views: makes both views; None leaves that to others.
         batch_size: images of a step and process; those that fill no batch are left out.
         seed: of the views.
+        rank: of this process.
     """
 
-    def __init__(self, images: IterableDataset[Any], views: TwoViews | None, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, images: IterableDataset[Any], views: TwoViews | None, batch_size: int, seed: int, rank: int
+    ) -> None:
         self.images = images
         self.views = views
         self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -159,7 +163,7 @@ class Streamed(IterableDataset[Any]):
             batch = list(islice(items, self.batch_size))
             if len(batch) < self.batch_size:
                 return
-            yield self._batch(batch, self.seed, epoch, worker.id if worker else 0, i)
+            yield self._batch(batch, self.seed, self.rank, epoch, worker.id if worker else 0, i)
 
     def _batch(self, batch: list[tuple[Tensor, int]], *numbers: int) -> Any:
         images, labels = zip(*batch, strict=True)
@@ -202,12 +206,17 @@ class TrainingLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         epoch, batches = self.next
-        self.next = Place(epoch + 1, 0)
         if self.order is None:
-            return islice(super().__iter__(), batches, None) if batches else super().__iter__()
+            return self._from(islice(super().__iter__(), batches, None), epoch)
         self.order.set_epoch(epoch)
         self.order.first_step = batches
-        return super().__iter__()
+        return self._from(super().__iter__(), epoch)
+
+    def _from(self, batches: Iterator[Any], epoch: int) -> Iterator[Any]:
+        for batch in batches:
+            # Lightning begins some epochs twice: one that no batch was taken of is not over.
+            self.next = Place(epoch + 1, 0)
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The seed and the place."""

@@ -1,5 +1,7 @@
 """Weighted nearest-neighbor classification of frozen representations."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,8 @@ def knn_predict(
         raise ValueError("bank_labels must be integers >= 0")
     check_integer("k", k, low=1)
     check_integer("chunk_size", chunk_size, low=1)
-    check_positive("temperature", temperature)
+    if temperature != math.inf:  # which makes the vote plain
+        check_positive("temperature", temperature)
     with no_autocast(x):
         bank = unit_rows(bank)
         x = unit_rows(x).to(bank.dtype)

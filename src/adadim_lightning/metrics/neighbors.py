@@ -1,6 +1,7 @@
 """Accuracy of the weighted nearest-neighbor vote."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class KNNAccuracy(BaseMetric):
     def __init__(self, *, k: int = 20, temperature: float = 0.07, chunk_size: int = 1024, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_integer("k", k, low=1)
-        check_positive("temperature", temperature)
+        if temperature != math.inf:
+            check_positive("temperature", temperature)
         check_integer("chunk_size", chunk_size, low=1)
         self.k = k
         self.temperature = temperature
