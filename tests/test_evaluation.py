@@ -196,7 +196,7 @@ def test_few_shot_with_all_labels_is_linear_accuracy_without_deviation() -> None
         (lambda rows: sgd_linear_accuracy(rows, rows, batch_size=0), "batch_size must be an integer >= 1"),
         (lambda rows: sgd_linear_accuracy(rows, rows, seed=-1), "seed must be an integer >= 0"),
         (lambda rows: sgd_linear_accuracy(rows, rows, lr=math.nan), "lr must be a finite number"),
-        (lambda rows: knn_accuracy(rows, rows, temperature=0.0), "temperature > 0"),
+        (lambda rows: knn_accuracy(rows, rows, temperature=0.0), "temperature must be > 0"),
     ],
 )
 def test_settings_out_of_range_are_errors(call, cause: str) -> None:

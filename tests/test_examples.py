@@ -35,6 +35,7 @@ def test_train_digits_prints_what_it_measured() -> None:
     assert top1 > 0.8
 
 
+@pytest.mark.slow
 def test_drop_in_lightly_weighs_the_loss_of_the_model_by_alpha() -> None:
     printed = run("drop_in_lightly.py", "--epochs", "1", "--images", "224", "--batch-size", "4")
     alpha, er_r, er_z = numbers(printed, "balance/alpha", "dynamics/ER_R", "dynamics/ER_Z")
@@ -54,6 +55,7 @@ def test_drop_in_lightly_weighs_the_loss_of_the_model_by_alpha() -> None:
     assert weighted[0] == pytest.approx(alpha * native * 6 / 56, rel=0.3)
 
 
+@pytest.mark.slow
 def test_drop_in_vicreg_learns_features_that_the_probes_read_without_a_label_in_training() -> None:
     printed = run("drop_in_vicreg.py", "--epochs", "3", "--batch-size", "64")
     alpha, knn, linear = numbers(printed, "balance/alpha", "probe/knn_top1", "probe/linear_top1")
@@ -67,6 +69,7 @@ def test_drop_in_vicreg_learns_features_that_the_probes_read_without_a_label_in_
     assert weighted[1] > 0
 
 
+@pytest.mark.slow
 def test_drop_in_plain_writes_the_rank_of_z_as_a_share_of_its_dimensions_into_the_model() -> None:
     printed = run("drop_in_plain.py", "--epochs", "3")
     written, logged, er_z = numbers(printed, "alpha of the model", "balance/alpha", "dynamics/ER_Z")
@@ -77,6 +80,7 @@ def test_drop_in_plain_writes_the_rank_of_z_as_a_share_of_its_dimensions_into_th
     assert h_r == pytest.approx(math.log(er_r), abs=0.001)
 
 
+@pytest.mark.slow
 def test_label_free_checkpointing_keeps_the_epoch_of_the_highest_rank_and_stops_when_it_falls(
     tmp_path: Path,
 ) -> None:

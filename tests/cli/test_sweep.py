@@ -229,6 +229,7 @@ def test_finished_run_is_not_run_again(
     assert summary(tmp_path / "run") == first
 
 
+@pytest.mark.slow
 def test_killed_sweep_goes_on_where_it_was_also_in_wandb(tmp_path: Path) -> None:
     sweep = tmp_path / "runs"
     command = ("-m", f"--config-dir={tmp_path}", "sweep=mine", "trainer.max_epochs=6", f"run_dir={sweep}")

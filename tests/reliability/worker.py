@@ -127,12 +127,12 @@ def weights(*, find_unused_parameters: bool = False) -> dict[str, Tensor]:
         find_unused_parameters=find_unused_parameters,
     )
     several = {"strategy": strategy, "max_epochs": 1} if world_size() > 1 else {}
-    return weights_of(make_trainer(AdaDim(), OnlineKNN(), **several))
+    return weights_of(make_trainer(AdaDim(), **several))
 
 
 def launch(path: str, *, batch_norm: bool = False, **options: Any) -> None:
     """Leave the weights in a file."""
-    torch.save(weights_of(trainer(AdaDim(), OnlineKNN(), **options), batch_norm=batch_norm), path)
+    torch.save(weights_of(trainer(AdaDim(), **options), batch_norm=batch_norm), path)
 
 
 def refusal(*callbacks: Callback) -> str:
