@@ -17,21 +17,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that was never cut off, and the seconds from its first file to its end."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, *DIGITS)
-    seconds = -wait_for_folder(folder)
+    seconds = -wait_for_start(folder)
     assert process.wait(300) == 0, said(folder)
     return folder / "run", seconds + time.monotonic()
 
 
-def wait_for_folder(folder: Path) -> float:
-    """The moment in which the run has a folder; imports are behind it then."""
-    while not (folder / "run").exists():
+def wait_for_start(folder: Path) -> float:
+    """The moment in which the run begins; imports are behind it then."""
+    while not (folder / "run" / "config.yaml").exists():
         time.sleep(0.01)
     return time.monotonic()
 
 
 def kill_and_resume(folder: Path, after: float) -> None:
     process = start(folder, *DIGITS)
-    wait_for_folder(folder)
+    wait_for_start(folder)
     time.sleep(after)
     process.kill()
     assert process.wait() == -signal.SIGKILL, said(folder)
