@@ -243,7 +243,6 @@ NOT_POSITIVE = st.sampled_from([0, -1.0, math.nan, math.inf, -math.inf, "1", Non
     ("name", "call"),
     [
         positive("temperature", partial(nt_xent_loss, X, X)),
-        positive("temperature", partial(knn_predict, X, X, torch.arange(3))),
         positive("t", partial(uniformity, X)),
         positive("alpha", partial(alignment, X, X)),
         positive("order", partial(matrix_entropy, X)),
@@ -256,6 +255,11 @@ NOT_POSITIVE = st.sampled_from([0, -1.0, math.nan, math.inf, -math.inf, "1", Non
 @given(bad=NOT_POSITIVE)
 def test_a_setting_that_is_no_positive_number_is_refused(name: str, call, bad) -> None:
     assert f"{name} must " in refused(call, bad)
+
+
+@given(bad=NOT_POSITIVE.filter(lambda bad: bad is not math.inf))  # which makes the vote plain
+def test_a_temperature_of_neighbors_that_is_no_positive_number_is_refused(bad) -> None:
+    assert "temperature must " in refused(lambda bad: knn_predict(X, X, torch.arange(3), temperature=bad), bad)
 
 
 VICREG_DEFAULTS = {
