@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@runtime_checkable
+class Suspicious(Protocol):
+    """A callback that knows bad times, in which no checkpoint is written."""
+
+    def suspects(self) -> bool:
+        """Whether these are such; all processes ask together."""
 
 
 class RunCheckpoints(Checkpoint):
@@ -172,7 +180,8 @@ class RunCheckpoints(Checkpoint):
         return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
 
     def _save(self, trainer: Trainer) -> None:
-        guards = [callback for callback in trainer.callbacks if hasattr(callback, "suspects")]  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        guards = [callback for callback in callbacks if isinstance(callback, Suspicious)]
         if any(guard.suspects() for guard in guards):
             return  # those that are kept are good
         name = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}{SUFFIX}"

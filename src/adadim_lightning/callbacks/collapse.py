@@ -23,6 +23,7 @@ from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.distributed import world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import COLLAPSED_RANK, CollapseError, FiniteGuard, NonFiniteError
+from adadim_lightning.pretrained import CheckpointError, read_state
 from adadim_lightning.steering import loss_of
 
 Policy = Literal["warn", "stop", "rollback"]
@@ -318,8 +319,8 @@ class CollapseGuard(TappingCallback):
         present = [path for path in paths if path.is_file()]
         for path in sorted(present, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
             try:
-                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except Exception:  # cut off while it was written, or not to be trusted
+                checkpoint = read_state(path)
+            except CheckpointError:
                 continue
             own = checkpoint.get("callbacks", {}).get(self.state_key, {})
             weights = checkpoint["state_dict"].values()
