@@ -85,6 +85,37 @@ def test_lidar_is_finite_and_in_range_at_any_scale(scale: float) -> None:
         assert 1 <= lidar(noisy_views(*shape) * scale) <= 8
 
 
+def test_lidar_never_exceeds_the_number_of_directions_that_there_can_be() -> None:
+    for k in range(2, 40):
+        corners, crosses = torch.eye(k).double(), torch.cat([torch.eye(k), -torch.eye(k)]).double()
+        assert k - 1 - 1e-9 < lidar(corners[:, None].expand(-1, 2, -1)) <= k - 1
+        assert k - 1e-9 < lidar(crosses[:, None].expand(-1, 2, -1)) <= k
+
+
+@pytest.mark.parametrize(("n", "d"), [(16, 4), (4, 16)])
+def test_a_direction_counts_once_it_exceeds_the_rounding_of_the_trace(n: int, d: int) -> None:
+    for factor, counted in ((0.9, False), (1.1, True)):
+        images = torch.zeros(n, 1, d, dtype=torch.float64)
+        images[:2, 0, 0] = torch.tensor([1.0, -1.0])
+        images[2:4, 0, 1] = torch.tensor([1.0, -1.0]) * math.sqrt(factor * 16 * np.finfo(float).eps)
+        assert (lidar(images.expand(-1, 2, -1)) > 1) == counted
+
+
+def test_a_direction_counts_once_it_exceeds_the_rounding_of_the_subtraction() -> None:
+    mean, delta = 2.0**30, 2.0**-4
+    # Of 16 images, with two dimensions off center, where the views are all alike along one dimension.
+    rounding = (16 * np.finfo(float).eps) ** 2 * 16 * (2 * mean**2) / delta
+    turns = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for factor, counted in ((0.9, False), (1.1, True)):
+        small = math.sqrt(factor * rounding * delta / 16)
+        images = torch.stack(
+            [mean + turns.repeat(8), torch.full((16,), mean), small * turns.repeat_interleave(8)], dim=1
+        )
+        views = torch.zeros(2, 3)
+        views[:, 1] = 3.0 * turns
+        assert (lidar(images[:, None] + views, delta=delta) > 1) == counted
+
+
 def test_lidar_with_a_constant_dimension_equals_lidar_without_it() -> None:
     x = noisy_views(40, 4, 6)
     constant = torch.full((40, 4, 1), 1e3 / 3)

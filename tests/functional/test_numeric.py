@@ -157,6 +157,9 @@ def test_only_a_tensor_is_a_tensor() -> None:
 def test_a_matrix_may_be_of_one_entry_and_infinite_where_nobody_minds() -> None:
     check_matrix(torch.ones(1, 1))
     check_matrix(torch.tensor([[math.nan, math.inf]]), finite=False)
+    for shape in [(0, 3), (3, 0), (3,), (1, 1, 1)]:
+        with pytest.raises(ValueError, match=re.escape(f"shape (N, d) with N, d >= 1, got {shape}")):
+            check_matrix(torch.ones(shape))
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match="x holds a NaN or an infinity"):
             check_matrix(torch.tensor([[1.0, bad], [1.0, 1.0]]))

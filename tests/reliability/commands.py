@@ -162,6 +162,7 @@ def _become(
 ) -> None:
     """Go on as a command that a shell started."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

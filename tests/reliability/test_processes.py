@@ -100,7 +100,7 @@ def assert_steered_as_one(results: list[dict[str, Any]]) -> None:
 
 
 def test_gradient_of_each_loss_part_is_that_of_one_process_with_the_whole_batch(processes: Processes) -> None:
-    assert_gradients_of_one(processes.run(worker.all_gradients, timeout=120))
+    assert_gradients_of_one(processes.run(worker.all_gradients))
 
 
 @pytest.mark.parametrize("name", worker.ACCUMULATED)
@@ -113,11 +113,11 @@ def test_accumulated_gradient_is_the_mean_of_those_of_its_batches(name: str) -> 
 
 
 def test_alpha_and_all_that_is_logged_are_the_same_on_every_process(processes: Processes) -> None:
-    assert_steered_as_one(processes.run(worker.steered, timeout=60))
+    assert_steered_as_one(processes.run(worker.steered))
 
 
 def test_fewer_held_out_images_than_processes_are_scored_too(processes: Processes) -> None:
-    for result in processes.run(worker.steered, 1, timeout=60):
+    for result in processes.run(worker.steered, 1):
         assert_counts(result, worker.steered(1), 1)
 
 

@@ -33,9 +33,9 @@ def unit_rows(x: Tensor) -> Tensor:
     x = full_precision(x)
     # Divided by its largest entry first: the squares of a very long or short row would leave the range of float32.
     largest = x.detach().abs().amax(dim=1, keepdim=True)
-    x = x / largest.masked_fill(largest == 0, 1.0)
+    x = x / (largest + (largest == 0))
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / norm.clamp_min(1.0)
+    return x / (norm + (norm == 0))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -95,8 +95,8 @@ def check_matrix(x: Tensor, name: str = "x", *, finite: bool = True) -> None:
 
 def check_views(x1: Tensor, x2: Tensor, names: tuple[str, str] = ("z1", "z2")) -> None:
     """Raise ValueError unless both views are ``(N, d)`` with the same N >= 2 and d; forces no device sync."""
-    for x, name in zip((x1, x2), names, strict=True):
-        check_matrix(x, name, finite=False)
+    check_matrix(x1, names[0], finite=False)
+    check_matrix(x2, names[1], finite=False)
     if x1.shape != x2.shape:
         raise ValueError(
             f"both views must have the same shape, got {names[0]} {tuple(x1.shape)} "

@@ -1,7 +1,5 @@
 """LiDAR: how many directions tell images apart better than they tell views of one image apart."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,10 +71,10 @@ def lidar(x: Tensor, *, delta: float = 1e-4) -> Tensor:
         variance, axes = torch.linalg.eigh(within)
         scale = (variance.clamp_min(0.0) + delta).sqrt()
         center = means.mean(dim=0)
-        white = (means - center) @ axes / (scale * math.sqrt(n))
+        white = (means - center) @ axes / scale
         gram = white @ white.T if n < d else white.T @ white
         # The subtraction's rounding may lie along the axis that whitening stretches most.
-        uncentered = gram.trace() + (center / scale.min()).square().sum()
-        eigenvalues = _eigenvalues(gram, max(n, d), uncentered)
+        subtracted = n * (center / scale.min()).square().sum()
+        eigenvalues = _eigenvalues(gram, max(n, d), subtracted)
         entropy = _spectral_entropy_of_eigenvalues(eigenvalues, "eigen")
         return like(_effective_rank_of_entropy(entropy, min(n - 1, d)), x)

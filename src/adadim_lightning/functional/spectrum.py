@@ -39,18 +39,18 @@ def eigenvalue_spectrum(x: Tensor, *, center: bool = False) -> Tensor:
         mean = x.mean(dim=0) if center else x.new_zeros(())
         x = x - mean
         gram = x @ x.T if n < d else x.T @ x
-        return _eigenvalues(gram, max(n, d), gram.trace() + n * mean.square().sum())
+        return _eigenvalues(gram, max(n, d), n * mean.square().sum())
 
 
-def _eigenvalues(gram: Tensor, size: int, uncentered_trace: Tensor) -> Tensor:
+def _eigenvalues(gram: Tensor, size: int, subtracted: Tensor) -> Tensor:
     """Descending eigenvalues of a float64 Gram matrix, without those that are rounding.
 
     Rounding is relative to the trace of the matrix; and where a mean was subtracted from the rows, to the
-    square of that subtraction's own rounding.
+    square of that subtraction's own rounding, which is relative to the sum of the squares that it took away.
     """
     eigenvalues = torch.linalg.eigvalsh(gram).flip(0)
     eps = size * torch.finfo(torch.float64).eps
-    noise = eps * gram.trace() + eps**2 * uncentered_trace
+    noise = eps * gram.trace() + eps**2 * subtracted
     return torch.where(eigenvalues > noise, eigenvalues, 0.0)
 
 

@@ -209,12 +209,11 @@ class EffectiveRank(RowSampleMetric):
         grand_mean = (count * mean).sum(dim=0) / count.sum()
         shift = mean - grand_mean
         scatter = scatter + (count * shift).T @ shift
-        mean_square = count.sum() * grand_mean.square().sum()
-        trace = scatter.trace() + mean_square
+        subtracted = count.sum() * grand_mean.square().sum()
         if not self.center:
             scatter = scatter + count.sum() * torch.outer(grand_mean, grand_mean)
         size = max(int(count.sum()), len(scatter))
-        return _eigenvalues(scatter, size, trace)[: int(count.sum())]
+        return _eigenvalues(scatter, size, subtracted)[: int(count.sum())]
 
     def compute(self) -> Tensor:
         """Effective rank of all rows seen."""
