@@ -173,3 +173,5 @@ def test_two_views_are_two_images_or_more_and_may_hold_anything() -> None:
         check_views(torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"z2 must have shape \(N, d\)"):
         check_views(torch.ones(2, 2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"z1 must have shape \(N, d\)"):
+        check_views(torch.ones(2), torch.ones(2, 2))
