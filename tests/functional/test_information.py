@@ -238,6 +238,14 @@ def test_the_eigenvalues_of_a_float32_gram_are_taken_in_float64() -> None:
     assert entropy.dtype == torch.float32
 
 
+@pytest.mark.parametrize("order", [1, 1.5, 3])
+def test_a_little_information_of_float32_rows_is_that_of_the_same_rows_in_float64(order: float) -> None:
+    r, z = torch.randn(20, 5), 1 + 0.01 * torch.randn(20, 5)
+    expected = matrix_mutual_information(r.double(), z.double(), order=order).item()
+    assert 0 < expected < 1e-3
+    assert matrix_mutual_information(r, z, order=order).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_cosine_gram_has_a_unit_diagonal_for_zero_rows_too() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
