@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adadim_lightning.extras import require
 from adadim_lightning.functional._numeric import check_integer, check_number
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def lars(
@@ -79,3 +82,16 @@ def scale_learning_rate(lr: float, global_batch_size: int, rule: str) -> float:
     if rule not in factors:
         raise ValueError(f"the learning-rate rule must be one of {', '.join(factors)}, got {rule!r}")
     return lr * factors[rule]
+
+
+def lower_learning_rate(trainer: "Trainer", factor: float) -> None:
+    """Multiply the learning rates of all optimizers and of the schedules that set them."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+                group[key] = group[key] * factor
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler in schedulers:
+        for name in {"base_lrs", "max_lrs"} & vars(scheduler).keys():
+            setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
+        schedulers += getattr(scheduler, "_schedulers", ())  # one that is made of others

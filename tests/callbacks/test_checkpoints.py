@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
+from torchmetrics import MeanMetric
 
 from adadim_lightning import AdaDim, AdaDimLoss, Balance, EffectiveRankSchedule, OnlineKNN, OnlineLinearProbe
 from adadim_lightning.callbacks import RunCheckpoints
+from adadim_lightning.callbacks.progress import EpochLines
 from adadim_lightning.data import ImageData
-from tests.helpers import OneCallPerView, all_digits, fit, some_digits, tiny_module, two_noisy_views
+from tests.helpers import OneCallPerView, all_digits, fit, some_digits, tiny_module, trainer, two_noisy_views
 from tests.reliability.runs import flat, same
 
 STEPS = 3  # of an epoch of `some_digits`
@@ -57,6 +63,26 @@ class Draws(Callback):
         pl_module.log("drawn", drawn, on_step=False, on_epoch=True, batch_size=1)
 
 
+class Notes(Callback):
+    """Keeps, also across a resume, when there was a validation and what each epoch logged."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[Any]] = {"validated": [], "logged": []}
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.kept["validated"].append(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.kept["logged"].append({key: value.item() for key, value in trainer.callback_metrics.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict
+
+
 class DigitStream(IterableDataset[Any]):
     """Digits as a stream, each epoch in another order."""
 
@@ -77,6 +103,49 @@ def in_a_worker() -> ImageData:
     return ImageData(data.train, data.test, views=data.views, batch_size=32, num_workers=1)
 
 
+def in_workers_that_stay() -> ImageData:
+    """Two, so that each has a share of the stream and the order of an epoch shows."""
+    return ImageData(DigitStream(), some_digits().test, views=two_noisy_views(), batch_size=32, num_workers=2)
+
+
+class KeepsAnAverage(OneCallPerView):
+    """After each batch it moves an average of its weights; logs this and that, some in the first batch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = deepcopy(self.encoder).requires_grad_(False)
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.mean(loss.detach())
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.log("highest", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        if batch_idx == 0:
+            self.log("first", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for mine, other in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
+            mine.lerp_(other.detach(), 0.1)
+        self.log("at the end", float(batch_idx), on_step=False, on_epoch=True, batch_size=1)
+
+
+class StepsByHand(OneCallPerView):
+    """Every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            optimizer = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def with_dropout() -> LightningModule:
     module = tiny_module(objective=AdaDimLoss(gamma=0.3, kappa="match"))
     module.backbone.append(nn.Dropout(0.2))
@@ -92,12 +161,24 @@ def steers_a_foreign_loss() -> AdaDim:
     return adadim(representation="encoder", embedding="projector", native_loss="dimension_contrastive")
 
 
+def no_adadim() -> Callback:
+    return Callback()
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "images in memory": {},
     "views in a worker": {"data": in_a_worker},
     "a stream": {"data": stream},
     "accumulated gradients": {"fit": {"accumulate_grad_batches": 2}},
+    "a stream in workers": {"data": in_workers_that_stay},
+    "loaders made anew": {"fit": {"reload_dataloaders_every_n_epochs": 1}},
+    "a stream made anew": {"data": stream, "fit": {"reload_dataloaders_every_n_epochs": 1}},
+    "one batch again and again": {"fit": {"overfit_batches": STEPS}},
+    "a number of steps": {"fit": {"max_epochs": -1, "max_steps": 2 * STEPS}},
+    "validation within an epoch": {"fit": {"val_check_interval": 2}},
     "a foreign module": {"module": OneCallPerView, "adadim": steers_a_foreign_loss, "probes": list},
+    "a module with an average": {"module": KeepsAnAverage, "adadim": no_adadim, "probes": list},
+    "optimized by hand": {"module": StepsByHand, "adadim": no_adadim, "probes": list},
 }
 
 
@@ -107,7 +188,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("variant", "cut"),
-    [("images in memory", cut) for cut in (STEPS, STEPS + 1)] + [(x, y) for x in VARIANTS for y in (2, STEPS + 2)],
+    [("images in memory", STEPS), *((x, y) for x in VARIANTS for y in (2, STEPS + 1, STEPS + 2))],
 )
 def test_run_cut_off_after_any_step_goes_on_to_the_bit(variant: str, cut: int, tmp_path: Path) -> None:
     options = VARIANTS[variant]
@@ -122,9 +203,10 @@ def test_run_cut_off_after_any_step_goes_on_to_the_bit(variant: str, cut: int, t
             options.get("adadim", adadim)(),
             *options.get("probes", lambda: [OnlineLinearProbe(), OnlineKNN(k=5)])(),
             Draws(),
+            Notes(),
             RunCheckpoints(folder, every_n_minutes=0),
         ]
-        fit(module, data(), *callbacks, *more, max_epochs=2, **options.get("fit", {}), **resume)
+        fit(module, data(), *callbacks, *more, **{"max_epochs": 2} | options.get("fit", {}), **resume)
 
     run(tmp_path / "whole", 7)
     # The step's own checkpoint is written after this, so the run goes on from the one before.
@@ -132,6 +214,7 @@ def test_run_cut_off_after_any_step_goes_on_to_the_bit(variant: str, cut: int, t
         run(tmp_path / "cut", 7, At(cut, stop))
     run(tmp_path / "cut", 8, ckpt_path=tmp_path / "cut" / "last.ckpt")
     whole, resumed = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert len(whole) > 50
     assert [key for key in whole.keys() | resumed.keys() if not same(whole.get(key), resumed.get(key))] == []
 
 
@@ -188,8 +271,78 @@ def test_checkpoint_that_cannot_be_written_leaves_no_trace_and_those_before_stay
 
 def test_what_a_killed_run_had_not_finished_writing_is_removed(tmp_path: Path) -> None:
     (tmp_path / "epoch=0000-step=000001.ckpt.tmp").write_bytes(b"half")
-    train(RunCheckpoints(tmp_path))
+    with pytest.raises(StopError):
+        train(RunCheckpoints(tmp_path, every_n_steps=1), At(3, stop))
+    (tmp_path / "epoch=0000-step=000003.ckpt.tmp").write_bytes(b"half")
+    train(RunCheckpoints(tmp_path), ckpt_path=tmp_path / "last.ckpt")
     assert written(tmp_path) == [3, 6]
+
+
+def test_files_of_other_runs_and_callbacks_stay(tmp_path: Path) -> None:
+    all_of_them = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    fit(tiny_module(), some_digits(), all_of_them, RunCheckpoints(tmp_path, keep=1), max_epochs=1)
+    theirs = {path: path.read_bytes() for path in tmp_path.iterdir() if not path.is_symlink()}
+    assert len(theirs) == 4
+    train(RunCheckpoints(tmp_path, keep=1))
+    found = {path for path in tmp_path.iterdir() if not path.is_symlink()}
+    assert {path: path.read_bytes() for path in theirs} == theirs
+    assert [path.name for path in found - theirs.keys()] == ["epoch=0001-step=000006.ckpt"]
+    train(RunCheckpoints(tmp_path, keep=9))  # the names of its first epoch are taken
+    new = {path.name for path in tmp_path.iterdir() if not path.is_symlink()} - {path.name for path in found}
+    assert new == {"epoch=0000-step=000003-v1.ckpt", "epoch=0001-step=000006-v1.ckpt"}
+    assert (tmp_path / "last.ckpt").resolve().name == "epoch=0001-step=000006-v1.ckpt"
+
+
+def test_what_a_run_wrote_after_the_checkpoint_that_it_goes_on_from_goes_first(tmp_path: Path) -> None:
+    train(RunCheckpoints(tmp_path, every_n_steps=1))
+    assert written(tmp_path) == [5, 6]
+    (tmp_path / "epoch=0001-step=000006.ckpt").write_bytes(b"broken")
+    train(RunCheckpoints(tmp_path, every_n_steps=1), ckpt_path=tmp_path / "epoch=0001-step=000005.ckpt")
+    assert written(tmp_path) == [5, 6]
+    assert last(tmp_path)[".global_step"] == 6
+
+
+def test_the_folder_is_that_of_lightnings_checkpoints(tmp_path: Path) -> None:
+    for loggers in (False, CSVLogger(str(tmp_path / "logs"), "mine", 3), CSVLogger(str(tmp_path), "", "")):
+        theirs, ours = ModelCheckpoint(), RunCheckpoints()
+        options = {"logger": loggers, "default_root_dir": tmp_path, "max_epochs": 1}
+        fit(tiny_module(), some_digits(), theirs, ours, **options)
+        assert [path.parent for path in ours.written()] == [Path(theirs.dirpath or "")]
+
+
+def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
+    fit(tiny_module(), some_digits(), RunCheckpoints(tmp_path), fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_come_later_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave out AsyncCheckpointIO"):
+        train(RunCheckpoints(tmp_path), plugins=[AsyncCheckpointIO()])
+
+
+def test_a_validation_with_a_checkpoint_leaves_the_next_fit_alone(tmp_path: Path) -> None:
+    module, data = tiny_module(), some_digits()
+    with pytest.raises(StopError):
+        fit(module, data, RunCheckpoints(tmp_path, every_n_steps=1), At(3, stop), max_epochs=2)
+    callbacks = [RunCheckpoints(tmp_path / "other")]
+    used = trainer(*callbacks, max_epochs=2)
+    used.validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    again = At(2 * STEPS, stop)
+    with pytest.raises(StopError):  # as many batches as a fit that begins has
+        fit(module, data, *callbacks, again, max_epochs=2)
+
+
+@pytest.mark.parametrize(("size", "left"), [(16, [4, 5]), (48, [1]), (60, [])])
+def test_images_of_an_epoch_are_not_seen_twice_where_a_batch_has_more_or_fewer_now(
+    size: int, left: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(StopError):
+        train(RunCheckpoints(tmp_path, every_n_steps=1), At(STEPS, stop))
+    seen: list[tuple[int, int]] = []
+    notes = LambdaCallback(on_train_batch_start=lambda t, m, b, i: seen.append((t.current_epoch, i)))
+    data = some_digits(batch_size=size)
+    fit(tiny_module(), data, EpochLines(), notes, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert seen == [(0, i) for i in left] + [(1, i) for i in range(96 // size)]
 
 
 def kill(number: int) -> Callable[[], None]:

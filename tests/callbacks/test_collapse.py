@@ -28,9 +28,9 @@ from adadim_lightning import (
     NonFiniteError,
 )
 from adadim_lightning.callbacks import RunCheckpoints
-from adadim_lightning.callbacks.collapse import lower_learning_rate
 from adadim_lightning.cli.metrics_log import METRICS
 from adadim_lightning.functional import effective_rank, matrix_mutual_information
+from adadim_lightning.optim import lower_learning_rate
 from tests.helpers import (
     OneCallPerView,
     Recorder,

@@ -1,25 +1,34 @@
 """Checkpoints from which a run goes on as if nothing had happened."""
 
+import functools
 import math
 import os
-import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from adadim_lightning.callbacks.continuing import (
+    add_logged,
+    conclude_epoch,
+    logged_so_far,
+    metrics_so_far,
+    random_state,
+    set_metrics,
+    set_random_state,
+)
 from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
@@ -27,7 +36,6 @@ from adadim_lightning.guard import NonFiniteError
 KEY = "adadim_processes"
 SUFFIX = ".ckpt"
 UNFINISHED = ".tmp"
-SUMS = ("value", "cumulated_batch_size")
 SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 CLOCK_STEPS = 16  # between two looks at the clock that several processes agree on
 
@@ -66,8 +74,11 @@ class RunCheckpoints(Checkpoint):
     SIGUSR2 (a cluster says that the job's time is nearly up) it writes one too, and then calls whoever handled the
     signal before.
 
+    It removes no files but its own: those of this run, and of the run that it goes on with.
+
     Args:
-        dirpath: folder to write to; by default ``checkpoints`` in that of the first logger or the trainer.
+        dirpath: folder to write to; by default that of Lightning's ``ModelCheckpoint``: ``checkpoints`` in the
+            folder of the first logger's run, or of the trainer.
         every_n_steps: longest distance between two; None sets no limit.
         every_n_minutes: longest time between two; None sets no limit.
         keep: number of the last ones to keep; ``last.ckpt`` points to the last of all.
@@ -101,33 +112,44 @@ class RunCheckpoints(Checkpoint):
         self._epoch_is_over = False
         self._handlers: dict[int, Any] = {}
         self._restored: Mapping[str, Any] | None = None
-        self._logged: dict[str, Mapping[str, Tensor]] = {}
+        self._logged: list[dict[str, Any]] = []
+        self._names: list[str] = []
 
     # When.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
-        folder = trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir)
-        self._folder = self.dirpath or Path(folder) / "checkpoints"
+        """Find the folder.
+
+        Raises:
+            ValueError: a plugin of the trainer writes files later than it says.
+        """
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "RunCheckpoints has to see a file whole before it counts; leave out AsyncCheckpointIO"
+            )
+        self._folder = self.dirpath or Path(trainer.strategy.broadcast(_folder(trainer)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the signals, and start the clock."""
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._signal = None
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            # At SIGTERM, Lightning's processes would talk about it in the middle of what they are saying.
+            together = [signal.SIGTERM] if world_size() > 1 else []
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS + together}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
 
-    def _stop_listening(self) -> None:
+    def _leave(self, pl_module: LightningModule) -> None:
+        vars(pl_module).pop("on_train_batch_end", None)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the signals to others."""
-        self._stop_listening()
+        """Leave the signals and the module to others."""
+        self._leave(pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
@@ -137,17 +159,21 @@ class RunCheckpoints(Checkpoint):
         if world_size() == 1:
             return due
         # All processes have to agree, which takes a message.
-        return step % CLOCK_STEPS == 0 and bool(trainer.strategy.broadcast(due))
+        return step % CLOCK_STEPS == 0 and trainer.strategy.reduce_boolean_decision(due, all=False)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Go on with the means of the epoch; write a checkpoint if it is time."""
-        self._restore_means(trainer)
-        # What follows the last batch ends with a checkpoint of its own.
-        if not trainer.is_last_batch and self._is_due(trainer):
-            self._save(trainer)
-            self._hand_on()
+    def _after_batch(self, trainer: Trainer) -> None:
+        """Go on with the figures of the epoch; write a checkpoint if it is time."""
+        add_logged(trainer, self._logged)
+        self._logged = []
+        # What follows the last batch ends with a checkpoint of its own; a validation that is due would be lost.
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        if trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            return
+        if self._is_due(trainer):
+            if self._signal != signal.SIGTERM:
+                self._save(trainer)
+            self._hand_on(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""
@@ -156,18 +182,22 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer)
         finally:
             self._epoch_is_over = False
-        self._hand_on()
+        self._hand_on(trainer)
 
-    def _hand_on(self) -> None:
+    def _hand_on(self, trainer: Trainer) -> None:
         """Call who handled the signal that has come."""
-        number, self._signal = self._signal, None
-        handler = self._handlers.get(number) if number is not None else None
-        if callable(handler):
-            handler(number, None)
+        signals = {self._signal} if world_size() == 1 else set(of_all_processes(self._signal))
+        self._signal = None
+        for number in signals - {None}:
+            handler = self._handlers.get(number)  # type: ignore[arg-type]
+            if number == signal.SIGTERM:
+                trainer._signal_connector.received_sigterm = True  # all processes end after this batch
+            elif callable(handler):
+                handler(number, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was told to stop."""
-        self._stop_listening()
+        self._leave(pl_module)
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
             with suppress(NonFiniteError):  # the last one is from before the first bad step
                 self._save(trainer)
@@ -175,20 +205,29 @@ class RunCheckpoints(Checkpoint):
     # What.
 
     def written(self) -> list[Path]:
-        """The checkpoints in the folder, the newest last."""
-        found = self._folder.glob(f"epoch=*{SUFFIX}")
-        return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+        """The checkpoints of this run, the newest last."""
+        paths = (self._folder / name for name in self._names)
+        return [path for path in paths if path.is_file()]
+
+    def _new_name(self, trainer: Trainer) -> str:
+        """A name that no checkpoint of another run has."""
+        stem = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}"
+        names = (f"{stem}{suffix}{SUFFIX}" for suffix in chain([""], (f"-v{i}" for i in count(1))))
+        return next(name for name in names if name in self._names or not (self._folder / name).exists())
 
     def _save(self, trainer: Trainer) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         guards = [callback for callback in callbacks if isinstance(callback, Suspicious)]
-        if any(guard.suspects() for guard in guards):
+        if trainer.fast_dev_run or any(guard.suspects() for guard in guards):  # type: ignore[attr-defined]
             return  # those that are kept are good
-        name = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}{SUFFIX}"
+        name = trainer.strategy.broadcast(self._new_name(trainer))
         temporary = self._folder / f"{name}{UNFINISHED}"
+        before = self._names
+        self._names = [x for x in before if x != name] + [name]
         try:
             trainer.save_checkpoint(temporary)
         except BaseException:
+            self._names = before
             temporary.unlink(missing_ok=True)
             raise
         self._publish(temporary, name)
@@ -207,23 +246,26 @@ class RunCheckpoints(Checkpoint):
             shutil.copyfile(self._folder / name, link)
         os.replace(link, self._folder / f"last{SUFFIX}")
         sync(self._folder)
-        for path in self._folder.glob(f"*{SUFFIX}{UNFINISHED}"):  # of a run that was killed while it wrote
-            path.unlink(missing_ok=True)
         for path in self.written()[: -self.keep]:
             path.unlink(missing_ok=True)
+        self._names = [path.name for path in self.written()]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put in the state of each process."""
         own = {
             "random": random_state(pl_module.device),
-            "logged": {} if self._epoch_is_over else _means_so_far(trainer) | self._logged,
+            "logged": [] if self._epoch_is_over else logged_so_far(trainer),
+            "metrics": {} if self._epoch_is_over else metrics_so_far(pl_module),
             "gradients": self._gradients(trainer, pl_module),
+            "written": self._names,
         }
         checkpoint[KEY] = of_all_processes(own)
+        if self._epoch_is_over:
+            conclude_epoch(checkpoint["loops"]["fit_loop"])
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Those of an optimizer step that is not complete yet."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        """Those of an optimizer step that is not complete yet; who steps by hand may need them any time."""
+        if pl_module.automatic_optimization and not trainer.fit_loop.epoch_loop._should_accumulate():
             return {}
         named = pl_module.named_parameters()
         return {name: p.grad.detach().cpu() for name, p in named if p.grad is not None}
@@ -231,59 +273,51 @@ class RunCheckpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the state of this process."""
         processes = checkpoint.get(KEY, ())
+        if not processes or trainer.state.fn != "fit":
+            return
         # Of as many processes as before each goes on as it was; of others, none can.
         self._restored = processes[trainer.global_rank] if len(processes) == trainer.world_size else None
+        self._adopt(processes[0]["written"])
+
+    @rank_zero_only
+    def _adopt(self, names: list[str]) -> None:
+        """Take over the files of the run that goes on; those later than the checkpoint are the first to go."""
+        self._names = names = [name for name in names if (self._folder / name).is_file()]
+        if not names:
+            return  # they were moved
+        since = self._folder / names[-1]
+        found = [path for path in self._folder.glob("epoch=*-step=*") if path.name not in names]
+        later = [path for path in found if path.stat().st_mtime >= since.stat().st_mtime]
+        self._names = [path.name for path in later if path.suffix == SUFFIX] + names
+        for path in later:
+            if path.suffix == UNFINISHED:  # of a run that was killed while it wrote
+                path.unlink()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the random numbers and the gradients."""
+        """Go on with the random numbers, the metrics and the gradients; see to what follows each batch."""
+        # Lightning calls the module's own hook after those of all callbacks, and it may change weights.
+        hook = pl_module.on_train_batch_end
+
+        @functools.wraps(hook)
+        def then_save(*args: Any, **kwargs: Any) -> None:
+            hook(*args, **kwargs)
+            self._after_batch(trainer)
+
+        pl_module.on_train_batch_end = then_save  # type: ignore[method-assign]
         if self._restored is None:
             return
-        self._logged = dict(self._restored["logged"])
+        self._logged = self._restored["logged"]
+        set_metrics(pl_module, self._restored["metrics"])
         for name, gradient in self._restored["gradients"].items():
             pl_module.get_parameter(name).grad = gradient.to(pl_module.device)
         set_random_state(self._restored["random"], pl_module.device)
         self._restored = None
 
-    def _restore_means(self, trainer: Trainer) -> None:
-        """Add what was logged in the epoch before the checkpoint, as soon as it is logged again."""
-        if not self._logged:
-            return
-        for key, metric in trainer.fit_loop.epoch_loop._results.items():
-            for name, value in self._logged.pop(key, {}).items():
-                setattr(metric, name, getattr(metric, name) + value.to(metric.device))
 
-
-def _means_so_far(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """The sums behind the means and sums that are logged at the end of the epoch, by Lightning's own keys."""
-    return {
-        key: {name: getattr(metric, name).cpu() for name in SUMS if hasattr(metric, name)}
-        for key, metric in trainer.fit_loop.epoch_loop._results.items()
-        if metric.is_tensor
-        and metric.meta.on_epoch
-        and (metric.meta.is_mean_reduction or metric.meta.is_sum_reduction)
-    }
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of the random numbers of Python, NumPy and torch, in plain values and tensors."""
-    numpy: Any = np.random.get_state()
-    kind, keys, *rest = numpy
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from :func:`random_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _folder(trainer: Trainer) -> str:
+    """Where Lightning's own checkpoints go."""
+    if not trainer.loggers:
+        return os.path.join(trainer.default_root_dir, "checkpoints")
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version, "checkpoints")

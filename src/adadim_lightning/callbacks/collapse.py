@@ -23,6 +23,7 @@ from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.distributed import world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import COLLAPSED_RANK, CollapseError, FiniteGuard, NonFiniteError
+from adadim_lightning.optim import lower_learning_rate
 from adadim_lightning.pretrained import CheckpointError, read_state
 from adadim_lightning.steering import loss_of
 
@@ -192,6 +193,11 @@ class CollapseGuard(TappingCallback):
             self._look_at_flags(trainer, pl_module)
         self._look_at_readings(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the flags, before anything is made of bad weights."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._look_at_flags(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at everything, before a checkpoint is written."""
         self._look_at_flags(trainer, pl_module)
@@ -279,8 +285,8 @@ class CollapseGuard(TappingCallback):
     def _note(self, trainer: Trainer, kind: str, message: str, action: str) -> None:
         step, epoch = trainer.global_step, trainer.current_epoch
         self.events.append({"step": step, "epoch": epoch, "kind": kind, "message": message, "action": action})
-        for logger in trainer.loggers:
-            logger.log_metrics({"guard/events": float(len(self.events)), "epoch": epoch}, step=step)
+        for logger in trainer.loggers:  # with the number that Lightning gives to the step that is over
+            logger.log_metrics({"guard/events": float(len(self.events)), "epoch": epoch}, step=max(step - 1, 0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note a NaN or infinity that ends the run."""
@@ -324,7 +330,8 @@ class CollapseGuard(TappingCallback):
                 continue
             own = checkpoint.get("callbacks", {}).get(self.state_key, {})
             weights = checkpoint["state_dict"].values()
-            if not own.get("bad") and all(bool(torch.isfinite(x).all()) for x in weights):
+            whole = "optimizer_states" in checkpoint
+            if whole and not own.get("bad") and all(bool(torch.isfinite(x).all()) for x in weights):
                 yield str(path)
 
     def _roll_back(self, trainer: Trainer, pl_module: LightningModule, path: str) -> None:
@@ -354,10 +361,11 @@ class CollapseGuard(TappingCallback):
     # Checkpoint.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write a checkpoint with a NaN in it, which those that warn alone do not mind."""
+        """Mark a checkpoint with a NaN in it as bad, or end a run that is to stop."""
         steps = [step for guard in self._guards if (step := guard.share()) >= 0]
-        if steps and self.policy != "warn":
+        if steps and (self.policy == "stop" or self._rolled_back):
             raise NonFiniteError(min(steps))
+        checkpoint["callbacks"][self.state_key]["bad"] |= bool(steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The events, whether the run was rolled back, and the bad readings so far."""
@@ -385,16 +393,3 @@ def _bound(monitor: DimensionMonitor) -> str:
     bounds = (schedule.alpha_min, schedule.alpha_max)
     at = [bound for bound in bounds if math.isclose(monitor.alpha, bound, rel_tol=0, abs_tol=ALPHA_MARGIN)]
     return f"alpha = {monitor.alpha:.3g} stayed at its bound {at[0]:g}" if at else ""
-
-
-def lower_learning_rate(trainer: Trainer, factor: float) -> None:
-    """Multiply the learning rates of all optimizers and of the schedules that set them."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-                group[key] = group[key] * factor
-    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-    for scheduler in schedulers:
-        for name in {"base_lrs", "max_lrs"} & vars(scheduler).keys():
-            setattr(scheduler, name, [lr * factor for lr in getattr(scheduler, name)])
-        schedulers += getattr(scheduler, "_schedulers", ())  # one that is made of others

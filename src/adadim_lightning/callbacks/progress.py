@@ -262,6 +262,7 @@ class EpochLines(Callback):
 
     def __init__(self, label: str = "") -> None:
         self.label = label
+        self._batches = 0  # a resumed epoch may have none left
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

@@ -69,9 +69,9 @@ class ImageData(LightningDataModule):
         self.views = views
         self.batch_size = batch_size
         self.title = title
-        self._loader: TrainingLoader | None = None
+        self._order_seed: int | None = None
+        self._global_batch = batch_size
         self._resumed: dict[str, int] = {}
-        self._seed = 0
         decodes = views.on_host or not isinstance(train, MemoryImages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = (min(cores, 8) if decodes else 0) if num_workers is None else num_workers
@@ -136,42 +136,65 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled training batches, each epoch in another order, which the seed of the run decides."""
         views = self.views if self._in_workers() else None
-        processes, rank, epoch, seed = 1, 0, 0, torch.initial_seed()
+        processes, rank, seed, first, repeat = 1, 0, torch.initial_seed(), Place(0, 0), False
         if self.trainer is not None:
-            epoch = self._epoch()  # a trainer may ask for a loader anew each epoch
             processes, rank = self.trainer.world_size, self.trainer.global_rank
-            seed = self._loader.dataset.seed if epoch and self._loader else self.trainer.strategy.broadcast(seed)
-        seed = self._resumed.get("seed", seed)
-        self._seed = hash((seed, rank)) % 2**63
+            first, repeat = self._place(), self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+            if first.epoch and self._order_seed is not None:
+                seed = self._order_seed  # the trainer asks for a loader anew
+            else:
+                seed = self.trainer.strategy.broadcast(seed)
+        self._global_batch = self.batch_size * processes
+        if self._resumed:
+            seed, first = self._resumed["seed"], self._resumed_place()
+            self._resumed = {}
+        self._order_seed = seed
+        self._views_seed = hash((seed, rank)) % 2**63
         source: Shuffled | Streamed
         if isinstance(self.train, IterableDataset):
             source, order = Streamed(self.train, views, self.batch_size, seed, rank), None
         else:
             source = Shuffled(self.train, views, seed)
-            order = ShuffledOrder(len(self.train), self.batch_size, processes, rank)
-        self._loader = TrainingLoader(source, order=order, taken=self._taken, **self._options(self.train, views))
-        self._loader.load_state_dict({"seed": seed, "epoch": epoch, "batches": 0} | self._resumed)
-        self._resumed = {}
-        return self._loader
+            order = ShuffledOrder(len(self.train), self.batch_size, processes, rank, repeat=repeat)
+        epoch = None if self.trainer is None else lambda: self._place().epoch
+        options = self._options(self.train, views)
+        return TrainingLoader(source, order=order, first=first, epoch=epoch, **options)
+
+    def _resumed_place(self) -> Place:
+        """The place of a checkpoint, in batches of now: they may be of another size, or of more processes."""
+        was = self._resumed["batches"]
+        batches = was * self._resumed["global_batch"] // self._global_batch
+        if batches != was and self.trainer is not None:
+            current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(current, name, getattr(current, name) + batches - was)
+        return Place(self._resumed["epoch"], batches)
 
     def state_dict(self) -> dict[str, int]:
-        """The next batch to train on."""
-        return {} if self._loader is None else self._loader.state_dict()
+        """The seed, and the next batch to train on."""
+        if self.trainer is None or self._order_seed is None:
+            return {}
+        epoch, batches = self._place()
+        return {
+            "seed": self._order_seed,
+            "epoch": epoch,
+            "batches": batches,
+            "global_batch": self._global_batch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from :meth:`state_dict`."""
-        # Lightning restores a loader by itself only where nothing has asked for the number of steps before.
-        self._resumed = dict(state_dict)
+        # A trainer that validates or tests restores this too.
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._resumed = dict(state_dict)
 
-    def _taken(self) -> Place:
-        if self.trainer is None:
-            raise ValueError("only a loader that a trainer reads knows how far it was read")
-        return Place(self._epoch(), self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    def _epoch(self) -> int:
+    def _place(self) -> Place:
+        """Where the training is, by the trainer's own count."""
         assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_progress
-        return int(progress.current.processed)
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        # Between two epochs, the number of batches is still that of the one before.
+        return Place(epochs.processed, batches.ready if epochs.started > epochs.processed else 0)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out batches; none without labels."""
@@ -214,7 +237,7 @@ class ImageData(LightningDataModule):
             return images, labels  # the workers have made the views
         assert self.trainer is not None
         if self.trainer.training:
-            with seeded(self._seed, *self._taken(), device=images.device):
+            with seeded(self._views_seed, *self._place(), device=images.device):
                 return self.views(images), labels
         return self.views.clean(images), labels
 

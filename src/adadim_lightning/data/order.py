@@ -57,14 +57,20 @@ class ShuffledOrder(DistributedSampler[int]):
         batch_size: images of a step and process.
         processes: number of processes.
         rank: of this process.
+        repeat: whether every epoch is like the first.
     """
 
-    def __init__(self, images: int, batch_size: int, processes: int, rank: int) -> None:
+    def __init__(self, images: int, batch_size: int, processes: int, rank: int, *, repeat: bool = False) -> None:
         # Its kind, so that Lightning leaves it in its place; nothing else is inherited.
         super().__init__(range(images), processes, rank)  # type: ignore[arg-type]
         self.images = images
         self.batch_size = batch_size
+        self.repeat = repeat
         self.first_step = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        super().set_epoch(0 if self.repeat else epoch)
 
     @property
     def steps(self) -> int:
@@ -132,7 +138,7 @@ class Shuffled(Dataset[Any]):
 
 
 class Streamed(IterableDataset[Any]):
-    """Training batches of a stream; each iteration is the next epoch.
+    """Training batches of a stream.
 
     Args:
         images: pairs of a uint8 image and a label.
@@ -150,11 +156,15 @@ class Streamed(IterableDataset[Any]):
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
-        self.epoch = 0
+        # Workers that live on have a copy of all this from before the first epoch, but share this memory.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what the next iteration reads."""
+        self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        # Workers that live on have each a copy of this, and count for themselves.
-        epoch, self.epoch = self.epoch, self.epoch + 1
+        epoch = int(self._epoch)
         if hasattr(self.images, "epoch"):
             self.images.epoch = epoch
         worker = get_worker_info()
@@ -178,58 +188,57 @@ class Streamed(IterableDataset[Any]):
 
 
 class TrainingLoader(DataLoader[Any]):
-    """Training batches that can go on after any of them; each iteration is the next epoch.
+    """Training batches that can go on after any of them.
 
     Args:
         dataset: what is read; of a stream, what was trained on already is read again.
         order: in which order; None for a stream.
-        taken: says which epoch is begun or gone on with next, and how many of its batches were trained on.
+        first: where the first iteration begins.
+        epoch: tells the epoch that an iteration is to read; by default each reads the next.
         options: of ``torch.utils.data.DataLoader``.
     """
 
     dataset: Shuffled | Streamed
 
+    # Lightning makes some loaders anew, from what it finds under the names of these arguments.
     def __init__(
         self,
         dataset: Shuffled | Streamed,
         *,
         order: ShuffledOrder | None,
-        taken: Callable[[], Place],
+        first: Place,
+        epoch: Callable[[], int] | None = None,
         **options: Any,
     ) -> None:
         if order is not None:
             options |= {"sampler": order, "batch_size": order.batch_size, "collate_fn": _as_it_is}
         super().__init__(dataset, **{"batch_size": None, **options})
         self.order = order
-        self.taken = taken
-        self.next = Place(0, 0)
+        self.first = first
+        self.epoch = epoch
+        self._begun = 0
 
     def __iter__(self) -> Any:
-        epoch, batches = self.next
-        if self.order is None:
-            return self._from(islice(super().__iter__(), batches, None), epoch)
+        epoch = self.epoch() if self.epoch is not None else self.first.epoch + self._begun
+        self._begun += 1
+        # Lightning begins some epochs twice.
+        batches = self.first.batches if epoch == self.first.epoch else 0
+        if isinstance(self.dataset, Streamed):
+            self.dataset.set_epoch(epoch)
+            return islice(super().__iter__(), batches, None)
+        assert self.order is not None
         self.order.set_epoch(epoch)
         self.order.first_step = batches
-        return self._from(super().__iter__(), epoch)
+        return super().__iter__()
 
-    def _from(self, batches: Iterator[Any], epoch: int) -> Iterator[Any]:
-        for batch in batches:
-            # Lightning begins some epochs twice: one that no batch was taken of is not over.
-            self.next = Place(epoch + 1, 0)
-            yield batch
+    # Lightning warns of loaders without these two that they cannot go on; the data module keeps the place.
 
-    def state_dict(self) -> dict[str, int]:
-        """The seed and the place."""
-        epoch, batches = self.taken()
-        # Of an epoch that no iteration has begun, nothing was taken: the number is that of the one before.
-        return {"seed": self.dataset.seed, "epoch": epoch, "batches": batches if epoch < self.next.epoch else 0}
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from :meth:`state_dict`; call it before the first iteration."""
-        self.dataset.seed = state["seed"]
-        self.next = Place(state["epoch"], state["batches"])
-        if isinstance(self.dataset, Streamed):
-            self.dataset.epoch = state["epoch"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def _as_it_is(batch: Any) -> Any:
