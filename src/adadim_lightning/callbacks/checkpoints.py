@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adadim_lightning.callbacks.continuing import (
     add_logged,
+    begin_epoch,
     conclude_epoch,
     logged_so_far,
     metrics_so_far,
@@ -304,6 +305,7 @@ class RunCheckpoints(Checkpoint):
             self._after_batch(trainer)
 
         pl_module.on_train_batch_end = then_save  # type: ignore[method-assign]
+        begin_epoch(trainer)
         if self._restored is None:
             return
         self._logged = self._restored["logged"]

@@ -15,22 +15,17 @@ LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_gra
 JOIN: dict[str, Any] = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
+def begin_epoch(trainer: Trainer) -> None:
+    """Have a run that ended an epoch begin the next; under ``max_steps``, Lightning would end the last again."""
+    loop = trainer.fit_loop
+    if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+        loop._restarting = loop.epoch_loop._restarting = False
+
+
 def conclude_epoch(loop: dict[str, Any]) -> None:
-    """Have a run that goes on begin the next epoch; under ``max_steps``, Lightning would end the last again."""
+    """Have the state of a trainer's loop say that the epoch is over; that comes after the hooks that save it."""
     for count in loop["epoch_progress"].values():
         count["completed"] = count["processed"]
-    _zero({name: part for name, part in loop.items() if name.startswith("epoch_loop.")}, "current")
-    _zero({"val_loop": loop["epoch_loop.val_loop.batch_progress"]}, "total")
-    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-
-def _zero(progress: dict[str, Any], kind: str) -> None:
-    """Set the counts of a kind, wherever they are within, to zero."""
-    for name, part in progress.items():
-        if name == kind:
-            progress[name] = dict.fromkeys(part, 0)
-        elif isinstance(part, dict):
-            _zero(part, kind)
 
 
 def logged_so_far(trainer: Trainer) -> list[dict[str, Any]]:
