@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from torchmetrics import MeanMetric
 
@@ -146,8 +147,17 @@ class StepsByHand(OneCallPerView):
             optimizer.zero_grad()
 
 
-def with_dropout() -> LightningModule:
-    module = tiny_module(objective=AdaDimLoss(gamma=0.3, kappa="match"))
+def with_schedule() -> LightningModule:
+    """It asks for the number of steps, and so for the loader, before the trainer knows where it goes on."""
+    return with_dropout(lr_schedule=linear_decay)
+
+
+def linear_decay(optimizer: Any, steps: int) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 1 - step / (2 * steps))
+
+
+def with_dropout(**options: Any) -> LightningModule:
+    module = tiny_module(objective=AdaDimLoss(gamma=0.3, kappa="match"), **options)
     module.backbone.append(nn.Dropout(0.2))
     return module
 
@@ -167,6 +177,7 @@ def no_adadim() -> Callback:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "images in memory": {},
+    "a schedule": {"module": with_schedule},
     "views in a worker": {"data": in_a_worker},
     "a stream": {"data": stream},
     "accumulated gradients": {"fit": {"accumulate_grad_batches": 2}},
@@ -337,11 +348,11 @@ def test_images_of_an_epoch_are_not_seen_twice_where_a_batch_has_more_or_fewer_n
     size: int, left: list[int], tmp_path: Path
 ) -> None:
     with pytest.raises(StopError):
-        train(RunCheckpoints(tmp_path, every_n_steps=1), At(STEPS, stop))
+        fit(with_schedule(), some_digits(), RunCheckpoints(tmp_path, every_n_steps=1), At(STEPS, stop))
     seen: list[tuple[int, int]] = []
     notes = LambdaCallback(on_train_batch_start=lambda t, m, b, i: seen.append((t.current_epoch, i)))
     data = some_digits(batch_size=size)
-    fit(tiny_module(), data, EpochLines(), notes, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    fit(with_schedule(), data, EpochLines(), notes, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert seen == [(0, i) for i in left] + [(1, i) for i in range(96 // size)]
 
 

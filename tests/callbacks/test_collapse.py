@@ -1,5 +1,6 @@
 """Trainings that collapse or diverge are warned of, stopped, or taken back; those that are well are left alone."""
 
+import csv
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -26,6 +27,7 @@ from adadim_lightning import (
     DimensionMonitor,
     EffectiveRankSchedule,
     NonFiniteError,
+    OnlineKNN,
 )
 from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.cli.metrics_log import METRICS
@@ -37,6 +39,7 @@ from tests.helpers import (
     assert_same_weights,
     fit,
     fixed_batches,
+    held_out,
     tiny_module,
 )
 from tests.metrics.conftest import two_processes  # noqa: F401
@@ -265,6 +268,22 @@ def test_the_second_time_the_run_stops(accumulated: int, tmp_path: Path) -> None
     assert module.guard.raises
 
 
+def test_a_rollback_passes_over_files_of_weights_alone_and_marks_bad_ones(tmp_path: Path) -> None:
+    weights = ModelCheckpoint(tmp_path / "weights", every_n_train_steps=1, save_top_k=-1, save_weights_only=True)
+    with pytest.warns(UserWarning, match=r"went back to .*run/epoch=0000-step=000006\.ckpt"):
+        rolled_back(poisoned(8), tmp_path / "run", AdaDim(every_n_steps=5), CollapseGuard("rollback"), weights)
+
+
+def test_an_event_has_the_step_of_its_row_in_the_log(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path), "", "")
+    options = {"logger": logger, "log_every_n_steps": 1}
+    with pytest.warns(UserWarning, match="went back"):
+        rolled_back(poisoned(8), tmp_path / "run", AdaDim(every_n_steps=5), CollapseGuard("rollback"), **options)
+    with (tmp_path / METRICS).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["guard/events"]]
+    assert [(row["step"], row["guard/events"]) for row in rows] == [("7", "1.0")]  # counted from 0
+
+
 def test_a_rollback_needs_a_checkpoint(tmp_path: Path) -> None:
     guard = CollapseGuard("rollback")
     with pytest.raises(NonFiniteError, match="there is no good checkpoint yet"):
@@ -453,6 +472,27 @@ def test_two_processes_go_back_together_when_one_has_a_nan(two_processes: Proces
     assert "step=000004.ckpt" in events[0]["message"]
     assert all(torch.equal(value, second[1][key]) and value.isfinite().all() for key, value in weights.items())
     assert steps == [2, 4, 8, 10, 12, 14, 16, 18, 20]  # none while one of them had a NaN
+
+
+def roll_back_before_validation(folder: str) -> tuple[list[dict[str, Any]], list[tuple[int, bool]]]:
+    module, guard = poisoned(*[10] * distributed.get_rank()), CollapseGuard("rollback")
+    theirs = ModelCheckpoint(f"{folder}/theirs", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [AdaDim(every_n_steps=100), OnlineKNN(k=5), guard, RunCheckpoints(folder, every_n_steps=2), theirs]
+    used = ddp_trainer(callbacks, max_epochs=1, log_every_n_steps=100, val_check_interval=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        used.fit(module, fixed_batches(40), held_out())
+    files = [torch.load(path, weights_only=True) for path in Path(folder, "theirs").glob("*.ckpt")]
+    return guard.events, [(x["global_step"], x["callbacks"][guard.state_key]["bad"]) for x in files]
+
+
+@pytest.mark.slow
+def test_processes_that_seldom_look_do_so_before_a_validation(two_processes: Processes, tmp_path: Path) -> None:  # noqa: F811
+    (events, marked), second = two_processes.run(roll_back_before_validation, str(tmp_path))
+    assert events == second[0]
+    assert [(event["step"], event["action"]) for event in events] == [(12, "rollback")]
+    assert sorted(step for step, bad in marked if bad) == [10, 11, 12]
+    assert len(marked) == 20
 
 
 # Alpha at a bound, and how it is set up.

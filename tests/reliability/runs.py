@@ -66,8 +66,10 @@ def left_by(run: Path) -> dict[str, Any]:
     """All values of the last checkpoint, the log, the summary and the spectra of a run."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    checkpoint = torch.load(newest(run), weights_only=True)
+    del checkpoint["adadim_run"]["written"]  # one that was told to stop has written one more
     kinds = {
-        "checkpoint": torch.load(newest(run), weights_only=True),
+        "checkpoint": checkpoint,
         "metrics": [{key: text for key, text in row.items() if text} for row in rows],
         "summary": json.loads((run / "summary.json").read_text()),
         "spectra": dict(np.load(run / "spectra.npz")),

@@ -290,13 +290,36 @@ def test_command_with_two_processes_scores_and_logs_once(whole: Path) -> None:
         assert summary[key] * 500 == pytest.approx(float((classes == test.labels).sum()), abs=1e-3)
 
 
+def begun(folder: Path) -> tuple["subprocess.Popen[bytes]", list[str]]:
+    """A run of two processes in its second epoch, and its other processes."""
+    process = start(folder, *TWO)
+    while not list(folder.glob("run/checkpoints/epoch=0001-*")):
+        assert process.poll() is None, said(folder)
+        time.sleep(0.02)
+    return process, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["all of them", "the second alone"])
+def test_two_processes_that_are_told_to_stop_end_together_with_a_checkpoint(
+    who: str, whole: Path, tmp_path: Path
+) -> None:
+    process, others = begun(tmp_path)
+    before = newest(tmp_path / "run").stat().st_mtime
+    for other in others:
+        os.kill(int(other), signal.SIGTERM)
+    if who == "all of them":
+        process.terminate()
+    assert process.wait(60) == 143, said(tmp_path)
+    assert said(tmp_path).strip().splitlines()[-1].startswith("stopped after ")
+    assert newest(tmp_path / "run").stat().st_mtime > before
+    assert start(tmp_path, *TWO, "resume=true").wait(600) == 0, said(tmp_path)
+    assert differences(whole, tmp_path / "run") == []
+
+
 @pytest.mark.slow
 def test_run_of_two_processes_that_is_killed_goes_on_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, *TWO)
-    while not list(tmp_path.glob("run/checkpoints/epoch=0001-*")):
-        assert process.poll() is None, said(tmp_path)
-        time.sleep(0.02)
-    others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process, others = begun(tmp_path)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 60

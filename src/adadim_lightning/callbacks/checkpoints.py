@@ -34,7 +34,7 @@ from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
 
-KEY = "adadim_processes"
+KEY = "adadim_run"
 SUFFIX = ".ckpt"
 UNFINISHED = ".tmp"
 SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
@@ -132,12 +132,13 @@ class RunCheckpoints(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the signals, and start the clock."""
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at = time.monotonic()
         self._signal = None
+        self._listen(*SIGNALS)
+
+    def _listen(self, *numbers: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            # At SIGTERM, Lightning's processes would talk about it in the middle of what they are saying.
-            together = [signal.SIGTERM] if world_size() > 1 else []
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS + together}
+            self._handlers |= {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
@@ -172,9 +173,10 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             return
         if self._is_due(trainer):
-            if self._signal != signal.SIGTERM:
+            signals = self._signals()
+            if signal.SIGTERM not in signals:
                 self._save(trainer)
-            self._hand_on(trainer)
+            self._hand_on(trainer, signals)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""
@@ -183,14 +185,17 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer)
         finally:
             self._epoch_is_over = False
-        self._hand_on(trainer)
+        self._hand_on(trainer, self._signals())
 
-    def _hand_on(self, trainer: Trainer) -> None:
-        """Call who handled the signal that has come."""
-        signals = {self._signal} if world_size() == 1 else set(of_all_processes(self._signal))
-        self._signal = None
-        for number in signals - {None}:
-            handler = self._handlers.get(number)  # type: ignore[arg-type]
+    def _signals(self) -> set[int]:
+        """What any of the processes was told since the last time."""
+        told, self._signal = self._signal, None
+        return {number for number in of_all_processes(told) if number is not None}
+
+    def _hand_on(self, trainer: Trainer, signals: set[int]) -> None:
+        """Call who handled them before."""
+        for number in signals:
+            handler = self._handlers.get(number)
             if number == signal.SIGTERM:
                 trainer._signal_connector.received_sigterm = True  # all processes end after this batch
             elif callable(handler):
@@ -258,9 +263,8 @@ class RunCheckpoints(Checkpoint):
             "logged": [] if self._epoch_is_over else logged_so_far(trainer),
             "metrics": {} if self._epoch_is_over else metrics_so_far(pl_module),
             "gradients": self._gradients(trainer, pl_module),
-            "written": self._names,
         }
-        checkpoint[KEY] = of_all_processes(own)
+        checkpoint[KEY] = {"processes": of_all_processes(own), "written": self._names[-self.keep - 1 :]}
         if self._epoch_is_over:
             conclude_epoch(checkpoint["loops"]["fit_loop"])
 
@@ -273,12 +277,12 @@ class RunCheckpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the state of this process."""
-        processes = checkpoint.get(KEY, ())
-        if not processes or trainer.state.fn != "fit":
+        if KEY not in checkpoint or trainer.state.fn != "fit":
             return
+        processes = checkpoint[KEY]["processes"]
         # Of as many processes as before each goes on as it was; of others, none can.
         self._restored = processes[trainer.global_rank] if len(processes) == trainer.world_size else None
-        self._adopt(processes[0]["written"])
+        self._adopt(checkpoint[KEY]["written"])
 
     @rank_zero_only
     def _adopt(self, names: list[str]) -> None:
@@ -306,6 +310,10 @@ class RunCheckpoints(Checkpoint):
 
         pl_module.on_train_batch_end = then_save  # type: ignore[method-assign]
         begin_epoch(trainer)
+        self._saved_step = trainer.global_step
+        if world_size() > 1:
+            # Lightning's processes would talk about it in the middle of what they are saying.
+            self._listen(signal.SIGTERM)
         if self._restored is None:
             return
         self._logged = self._restored["logged"]

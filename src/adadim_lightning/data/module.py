@@ -70,8 +70,7 @@ class ImageData(LightningDataModule):
         self.batch_size = batch_size
         self.title = title
         self._order_seed: int | None = None
-        self._global_batch = batch_size
-        self._resumed: dict[str, int] = {}
+        self._resumed: tuple[int, Place] | None = None
         decodes = views.on_host or not isinstance(train, MemoryImages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = (min(cores, 8) if decodes else 0) if num_workers is None else num_workers
@@ -144,10 +143,8 @@ class ImageData(LightningDataModule):
                 seed = self._order_seed  # the trainer asks for a loader anew
             else:
                 seed = self.trainer.strategy.broadcast(seed)
-        self._global_batch = self.batch_size * processes
-        if self._resumed:
-            seed, first = self._resumed["seed"], self._resumed_place()
-            self._resumed = {}
+        if self._resumed is not None:
+            (seed, first), self._resumed = self._resumed, None
         self._order_seed = seed
         self._views_seed = hash((seed, rank)) % 2**63
         source: Shuffled | Streamed
@@ -160,16 +157,6 @@ class ImageData(LightningDataModule):
         options = self._options(self.train, views)
         return TrainingLoader(source, order=order, first=first, epoch=epoch, **options)
 
-    def _resumed_place(self) -> Place:
-        """The place of a checkpoint, in batches of now: they may be of another size, or of more processes."""
-        was = self._resumed["batches"]
-        batches = was * self._resumed["global_batch"] // self._global_batch
-        if batches != was and self.trainer is not None:
-            current = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(current, name, getattr(current, name) + batches - was)
-        return Place(self._resumed["epoch"], batches)
-
     def state_dict(self) -> dict[str, int]:
         """The seed, and the next batch to train on."""
         if self.trainer is None or self._order_seed is None:
@@ -179,14 +166,20 @@ class ImageData(LightningDataModule):
             "seed": self._order_seed,
             "epoch": epoch,
             "batches": batches,
-            "global_batch": self._global_batch,
+            "global_batch": self.batch_size * self.trainer.world_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from :meth:`state_dict`."""
-        # A trainer that validates or tests restores this too.
-        if self.trainer is None or self.trainer.state.fn == "fit":
-            self._resumed = dict(state_dict)
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return  # a trainer that validates or tests restores this too
+        # Batches may be of another size now, or of more processes.
+        was = state_dict["batches"]
+        batches = was * state_dict["global_batch"] // (self.batch_size * self.trainer.world_size)
+        self._resumed = state_dict["seed"], Place(state_dict["epoch"], batches)
+        loops = self.trainer._checkpoint_connector._loaded_checkpoint["loops"]  # restored after this
+        current = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        current.update({name: count + batches - was for name, count in current.items()})
 
     def _place(self) -> Place:
         """Where the training is, by the trainer's own count."""

@@ -219,7 +219,8 @@ class TrainingLoader(DataLoader[Any]):
         self._begun = 0
 
     def __iter__(self) -> Any:
-        epoch = self.epoch() if self.epoch is not None else self.first.epoch + self._begun
+        # Lightning begins to read before it knows in which epoch it goes on.
+        epoch = max(self.epoch(), self.first.epoch) if self.epoch is not None else self.first.epoch + self._begun
         self._begun += 1
         # Lightning begins some epochs twice.
         batches = self.first.batches if epoch == self.first.epoch else 0
