@@ -15,7 +15,7 @@ from tests.data import test_huggingface, test_medmnist, test_torchvision
 from tests.data.pictures import write
 from tests.data.test_folder import SYNSETS, fill, tiny_imagenet
 
-SMALL = [*ONE_STEP, "data.batch_size=2", "~callbacks.dynamics_plot"]
+SMALL = [*ONE_STEP, "data.batch_size=2"]
 
 
 def class_folders(root: Path, *splits: str) -> None:

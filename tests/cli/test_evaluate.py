@@ -19,10 +19,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from adadim_lightning.cli import embed, evaluate, measure, train
+from tests.cli.test_train import PLAIN
 from tests.data.pictures import DATASETS, encode, pixels, write
 
 QUICK = ("probes=[knn,label_free]", "label_free.images=40", "label_free.views=2", "label_free.rows=60")
-ONE_EPOCH = ("trainer.max_epochs=1", "trainer.limit_val_batches=1")
+ONE_EPOCH = ("trainer.max_epochs=1", "trainer.limit_val_batches=1", PLAIN)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, command: Any, *overrides: str) -> int:

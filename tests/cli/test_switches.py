@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from torch import nn
 
 from adadim_lightning.pretrained import load_backbone
-from tests.cli.test_train import run, summary
+from tests.cli.test_train import PLAIN, run, summary
 
 SHORT = [
     "trainer.max_epochs=1",
@@ -21,6 +21,7 @@ SHORT = [
     "trainer.limit_val_batches=1",
     "data.batch_size=64",
     "trainer.accelerator=cpu",
+    PLAIN,
 ]
 SPY = ["+callbacks.spy._target_=spies_of_a_test.Spy", "trust=[spies_of_a_test]"]
 SOURCE = '''
