@@ -26,7 +26,16 @@ from adadim_lightning import AdaDim, AdaDimLoss, Balance, EffectiveRankSchedule,
 from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.callbacks.progress import EpochLines
 from adadim_lightning.data import ImageData
-from tests.helpers import OneCallPerView, all_digits, fit, some_digits, tiny_module, trainer, two_noisy_views
+from tests.helpers import (
+    OneCallPerView,
+    all_digits,
+    assert_same_weights,
+    fit,
+    some_digits,
+    tiny_module,
+    trainer,
+    two_noisy_views,
+)
 from tests.reliability.runs import flat, same
 
 STEPS = 3  # of an epoch of `some_digits`
@@ -227,6 +236,32 @@ def test_run_cut_off_after_any_step_goes_on_to_the_bit(variant: str, cut: int, t
     whole, resumed = last(tmp_path / "whole"), last(tmp_path / "cut")
     assert len(whole) > 50
     assert [key for key in whole.keys() | resumed.keys() if not same(whole.get(key), resumed.get(key))] == []
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_lightning_too(tmp_path: Path) -> None:
+    def run(seed: int, **resume: Any) -> tuple[LightningModule, Notes]:
+        module, notes = with_schedule(), Notes()
+        theirs = ModelCheckpoint(tmp_path / "theirs", save_top_k=-1, filename="{epoch}")
+        torch.manual_seed(seed)
+        fit(
+            module,
+            some_digits(),
+            adadim(),
+            Draws(),
+            notes,
+            theirs,
+            RunCheckpoints(tmp_path),
+            max_epochs=3,
+            **resume,
+        )
+        return module, notes
+
+    random.seed(1)
+    np.random.seed(1)
+    whole, logged = run(7)
+    resumed, logged_again = run(8, ckpt_path=tmp_path / "theirs" / "epoch=0.ckpt")
+    assert logged.kept == logged_again.kept
+    assert_same_weights(whole, resumed)
 
 
 def written(folder: Path) -> list[int]:

@@ -29,6 +29,7 @@ from adadim_lightning.callbacks.continuing import (
     random_state,
     set_metrics,
     set_random_state,
+    within_epoch,
 )
 from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.functional._numeric import check_integer, check_number
@@ -110,7 +111,6 @@ class RunCheckpoints(Checkpoint):
         self._saved_at = 0.0
         self._saved_step = 0
         self._signal: int | None = None
-        self._epoch_is_over = False
         self._handlers: dict[int, Any] = {}
         self._restored: Mapping[str, Any] | None = None
         self._logged: list[dict[str, Any]] = []
@@ -180,11 +180,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""
-        self._epoch_is_over = True
-        try:
-            self._save(trainer)
-        finally:
-            self._epoch_is_over = False
+        self._save(trainer)
         self._hand_on(trainer, self._signals())
 
     def _signals(self) -> set[int]:
@@ -258,14 +254,15 @@ class RunCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put in the state of each process."""
+        within = within_epoch(trainer)
         own = {
             "random": random_state(pl_module.device),
-            "logged": [] if self._epoch_is_over else logged_so_far(trainer),
-            "metrics": {} if self._epoch_is_over else metrics_so_far(pl_module),
+            "logged": logged_so_far(trainer) if within else [],
+            "metrics": metrics_so_far(pl_module) if within else {},
             "gradients": self._gradients(trainer, pl_module),
         }
         checkpoint[KEY] = {"processes": of_all_processes(own), "written": self._names[-self.keep - 1 :]}
-        if self._epoch_is_over:
+        if not within:
             conclude_epoch(checkpoint["loops"]["fit_loop"])
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:

@@ -15,6 +15,12 @@ LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_gra
 JOIN: dict[str, Any] = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
+def within_epoch(trainer: Trainer) -> bool:
+    """Whether an epoch is under way; it is over when its last hooks are called."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    return bool(epochs.started > epochs.processed)
+
+
 def begin_epoch(trainer: Trainer) -> None:
     """Have a run that ended an epoch begin the next; under ``max_steps``, Lightning would end the last again."""
     loop = trainer.fit_loop
