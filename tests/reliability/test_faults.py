@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +146,23 @@ def test_a_run_that_is_told_to_stop_says_so_in_one_line(sent: signal.Signals, co
     assert_whole()
     lost = NOTHING if sent == signal.SIGTERM else STEPS
     note(sent.name, f"exit code {code}; one line; status stopped", lost)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_are_told_to_stop_too_ends_with_a_checkpoint(here: Path, note: Note) -> None:
+    command = started("data.num_workers=2")
+    workers = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    before = time.time()
+    for pid in [*workers, command.pid]:
+        os.kill(int(pid), signal.SIGTERM)
+    ended = command.end()
+    assert (ended.code, status()) == (143, "stopped"), ended
+    assert ended.line.startswith("stopped after ")
+    assert checkpoints()[-1].stat().st_mtime > before
+    assert_whole()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    note("SIGTERM to the workers, too", "exit code 143; one line; status stopped", NOTHING)
 
 
 def test_a_killed_worker_of_the_loader_ends_the_run_in_one_line(note: Note) -> None:

@@ -200,6 +200,8 @@ class RunCheckpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was told to stop."""
         self._leave(pl_module)
+        if self._signal == signal.SIGTERM:  # why it failed, perhaps
+            trainer._signal_connector.received_sigterm = True
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
             with suppress(NonFiniteError):  # the last one is from before the first bad step
                 self._save(trainer)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, cast
@@ -218,6 +219,7 @@ class ImageData(LightningDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
+            "worker_init_fn": _outlive_sigterm,
             "pin_memory": torch.cuda.is_available() and not on_device,
             # The numbers that torch draws for its workers would move the random state of the model.
             "generator": torch.Generator().manual_seed(0),
@@ -244,6 +246,11 @@ class ImageData(LightningDataModule):
             news = images.news_of_unreadable() if isinstance(images, ImageFiles) else None
             if news is not None:
                 rank_zero_warn(news)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Clusters tell all processes of a job to stop; a training needs its workers until it has ended its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with the process that reads from them
 
 
 class _Collate:
