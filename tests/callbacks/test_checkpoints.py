@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -203,7 +204,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def last(folder: Path) -> dict[str, Any]:
-    return dict(flat(torch.load(folder / "last.ckpt", weights_only=True)))
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    del checkpoint["adadim_run"]["files"]["run"]  # a name of its own
+    return dict(flat(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -316,10 +319,10 @@ def test_checkpoint_that_cannot_be_written_leaves_no_trace_and_those_before_stay
 
 
 def test_what_a_killed_run_had_not_finished_writing_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "epoch=0000-step=000001.ckpt.tmp").write_bytes(b"half")
     with pytest.raises(StopError):
         train(RunCheckpoints(tmp_path, every_n_steps=1), At(3, stop))
-    (tmp_path / "epoch=0000-step=000003.ckpt.tmp").write_bytes(b"half")
+    run = torch.load(tmp_path / "last.ckpt", weights_only=True)["adadim_run"]["files"]["run"]
+    (tmp_path / f"epoch=0000-step=000003.ckpt.{run}.tmp").write_bytes(b"half")
     train(RunCheckpoints(tmp_path), ckpt_path=tmp_path / "last.ckpt")
     assert written(tmp_path) == [3, 6]
 
@@ -346,6 +349,99 @@ def test_what_a_run_wrote_after_the_checkpoint_that_it_goes_on_from_goes_first(t
     train(RunCheckpoints(tmp_path, every_n_steps=1), ckpt_path=tmp_path / "epoch=0001-step=000005.ckpt")
     assert written(tmp_path) == [5, 6]
     assert last(tmp_path)[".global_step"] == 6
+
+
+def test_a_resume_leaves_the_files_of_others_too(tmp_path: Path) -> None:
+    all_of_them = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    fit(tiny_module(), some_digits(), all_of_them, RunCheckpoints(tmp_path), max_epochs=1)
+    goes_on_from = (tmp_path / "last.ckpt").resolve()
+    train(RunCheckpoints(tmp_path))  # another run
+    (tmp_path / "epoch=0001-step=000006.ckpt.other.tmp").write_bytes(b"of one that goes on elsewhere")
+    before = {path for path in tmp_path.iterdir() if not path.is_symlink()}
+    assert len(before) == 3 + 1 + 2 + 1
+    train(RunCheckpoints(tmp_path, keep=1), ckpt_path=goes_on_from)
+    assert before - set(tmp_path.iterdir()) == {goes_on_from}
+
+
+def test_a_callback_that_is_used_again_forgets_another_model(tmp_path: Path) -> None:
+    callback = RunCheckpoints(tmp_path, keep=1)
+    fit(tiny_module(), some_digits(), callback, max_epochs=1)
+    first = callback.written()
+    fit(tiny_module(), some_digits(), callback, max_epochs=1)
+    assert all(path.is_file() for path in first)
+    assert [path.name for path in callback.written()] == ["epoch=0000-step=000003-v1.ckpt"]
+
+
+def test_a_fit_after_one_that_was_interrupted_sees_whole_epochs_and_ends_with_them(tmp_path: Path) -> None:
+    module, data, seen = tiny_module(), some_digits(), []
+    notes = LambdaCallback(on_train_batch_start=lambda t, m, b, i: seen.append((t.current_epoch, i)))
+    used = trainer(RunCheckpoints(tmp_path), notes, At(STEPS + 2, interrupt), max_epochs=3)
+    with pytest.raises(SystemExit):
+        used.fit(module, datamodule=data)
+    seen.clear()
+    used.fit(module, datamodule=data)
+    assert seen == [(epoch, i) for epoch in (1, 2) for i in range(STEPS)]
+    seen.clear()
+    fit(tiny_module(), some_digits(), notes, max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert seen == [(3, i) for i in range(STEPS)]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [2, 4, 6, 8, 9]), (2, [1, 3, 5, 7, 9])])
+def test_validations_put_a_checkpoint_off_but_once(every: int, expected: list[int], tmp_path: Path) -> None:
+    data = some_digits(batch_size=10)
+    options = {"val_check_interval": every, "max_epochs": 1}
+    fit(tiny_module(), data, RunCheckpoints(tmp_path, every_n_steps=1, keep=99), **options)
+    assert written(tmp_path) == expected
+
+
+def test_a_run_that_stopped_early_is_over(tmp_path: Path) -> None:
+    def run(**resume: Any) -> int:
+        early = EarlyStopping("loss/total", patience=1, min_delta=1e9, check_on_train_epoch_end=True)
+        return fit(
+            tiny_module(), some_digits(), early, RunCheckpoints(tmp_path), max_epochs=9, **resume
+        ).global_step
+
+    assert run() == 2 * STEPS
+    assert run(ckpt_path=tmp_path / "last.ckpt") == 2 * STEPS
+
+
+@pytest.mark.parametrize("told", ["in the validation", "after it"])
+def test_a_stop_by_a_validation_leaves_the_count_of_steps_right(told: str, tmp_path: Path) -> None:
+    def run(folder: Path, *more: Callback, **resume: Any) -> list[int]:
+        logger = CSVLogger(str(folder), "", "")
+        options = {"val_check_interval": 2, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+        with suppress(SIGTERMException):
+            fit(tiny_module(), some_digits(), *more, RunCheckpoints(folder), max_epochs=2, **options, **resume)
+        logger.save()
+        if not (folder / "metrics.csv").exists():
+            return []
+        rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        return sorted({int(row[rows[0].index("step")]) for row in rows[1:]})
+
+    hook = "on_validation_batch_start" if told == "in the validation" else "on_validation_end"
+    stop_there = LambdaCallback(**{hook: lambda *_: os.kill(os.getpid(), signal.SIGTERM)})
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_there)
+    assert max(run(tmp_path / "cut", ckpt_path=tmp_path / "cut" / "last.ckpt")) == max(whole)
+
+
+def test_a_loader_that_somebody_asked_for_early_is_made_anew(tmp_path: Path) -> None:
+    def first_batches(**resume: Any) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        asks = LambdaCallback(
+            setup=lambda trainer, module, stage: trainer.estimated_stepping_batches,
+            on_train_batch_start=lambda t, m, b, i: seen.append(int(b[1].sum())),
+        )
+        with suppress(StopError):
+            stops = [] if resume else [At(3, stop)]
+            fit(tiny_module(), some_digits(), asks, RunCheckpoints(tmp_path, every_n_steps=1), *stops, **resume)
+        return seen
+
+    assert first_batches()[2:] == first_batches(ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_the_folder_is_that_of_lightnings_checkpoints(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def left_by(run: Path) -> dict[str, Any]:
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     checkpoint = torch.load(newest(run), weights_only=True)
-    del checkpoint["adadim_run"]["written"]  # one that was told to stop has written one more
+    del checkpoint["adadim_run"]["files"]  # one that was told to stop has written one more
     kinds = {
         "checkpoint": checkpoint,
         "metrics": [{key: text for key, text in row.items() if text} for row in rows],

@@ -1,20 +1,23 @@
 """Checkpoints from which a run goes on as if nothing had happened."""
 
-import functools
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import ref
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -29,15 +32,16 @@ from adadim_lightning.callbacks.continuing import (
     random_state,
     set_metrics,
     set_random_state,
-    within_epoch,
 )
 from adadim_lightning.distributed import of_all_processes, world_size
+from adadim_lightning.epochs import forget_cut_epoch, within_epoch
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
 
 KEY = "adadim_run"
 SUFFIX = ".ckpt"
 UNFINISHED = ".tmp"
+OWN_NAME = re.compile(r"epoch=\d{4,}-step=\d{6,}(-v\d+)?\.ckpt")
 SIGNALS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 CLOCK_STEPS = 16  # between two looks at the clock that several processes agree on
 
@@ -114,7 +118,11 @@ class RunCheckpoints(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._restored: Mapping[str, Any] | None = None
         self._logged: list[dict[str, Any]] = []
+        self._put_off = False
+        self._again = False
+        self._module: ref[LightningModule] | None = None
         self._names: list[str] = []
+        self._run = ""
 
     # When.
 
@@ -129,9 +137,16 @@ class RunCheckpoints(Checkpoint):
                 "RunCheckpoints has to see a file whole before it counts; leave out AsyncCheckpointIO"
             )
         self._folder = self.dirpath or Path(trainer.strategy.broadcast(_folder(trainer)))
+        self._restored, self._logged = None, []
+        if stage == "fit" and (self._module is None or self._module() is not pl_module):
+            self._module, self._names, self._run = ref(pl_module), [], uuid.uuid4().hex[:8]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_module": None}  # a reference of this process
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the signals, and start the clock."""
+        forget_cut_epoch(trainer)
         self._saved_at = time.monotonic()
         self._signal = None
         self._listen(*SIGNALS)
@@ -143,15 +158,15 @@ class RunCheckpoints(Checkpoint):
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = number
 
-    def _leave(self, pl_module: LightningModule) -> None:
-        vars(pl_module).pop("on_train_batch_end", None)
+    def _leave(self, trainer: Trainer) -> None:
+        vars(trainer._logger_connector).pop("on_batch_end", None)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the signals and the module to others."""
-        self._leave(pl_module)
+        """Leave the signals and the trainer to others."""
+        self._leave(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
@@ -161,25 +176,29 @@ class RunCheckpoints(Checkpoint):
         if world_size() == 1:
             return due
         # All processes have to agree, which takes a message.
-        return step % CLOCK_STEPS == 0 and trainer.strategy.reduce_boolean_decision(due, all=False)
+        looks = step % CLOCK_STEPS == 0 or self._put_off
+        return looks and trainer.strategy.reduce_boolean_decision(due, all=False)
 
     def _after_batch(self, trainer: Trainer) -> None:
         """Go on with the figures of the epoch; write a checkpoint if it is time."""
         add_logged(trainer, self._logged)
         self._logged = []
-        # What follows the last batch ends with a checkpoint of its own; a validation that is due would be lost.
-        loop = trainer.fit_loop
-        assert loop._data_fetcher is not None
-        if trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if trainer.is_last_batch:
+            return  # what follows ends with a checkpoint of its own
+        if not self._put_off and _validates_next(trainer):
+            self._put_off = True  # once: the validation would be lost
             return
         if self._is_due(trainer):
             signals = self._signals()
             if signal.SIGTERM not in signals:
                 self._save(trainer)
             self._hand_on(trainer, signals)
+        self._put_off = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""
+        add_logged(trainer, self._logged)  # there was no batch any more
+        self._logged = []
         self._save(trainer)
         self._hand_on(trainer, self._signals())
 
@@ -199,10 +218,11 @@ class RunCheckpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write a checkpoint if the run was told to stop."""
-        self._leave(pl_module)
+        self._leave(trainer)
         if self._signal == signal.SIGTERM:  # why it failed, perhaps
             trainer._signal_connector.received_sigterm = True
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
+            self._again = bool(trainer.training) and within_epoch(trainer) and _validates_next(trainer)
             with suppress(NonFiniteError):  # the last one is from before the first bad step
                 self._save(trainer)
 
@@ -225,7 +245,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.fast_dev_run or any(guard.suspects() for guard in guards):  # type: ignore[attr-defined]
             return  # those that are kept are good
         name = trainer.strategy.broadcast(self._new_name(trainer))
-        temporary = self._folder / f"{name}{UNFINISHED}"
+        temporary = self._folder / f"{name}.{self._run}{UNFINISHED}"
         before = self._names
         self._names = [x for x in before if x != name] + [name]
         try:
@@ -263,9 +283,14 @@ class RunCheckpoints(Checkpoint):
             "metrics": metrics_so_far(pl_module) if within else {},
             "gradients": self._gradients(trainer, pl_module),
         }
-        checkpoint[KEY] = {"processes": of_all_processes(own), "written": self._names[-self.keep - 1 :]}
+        files = {"run": self._run, "written": self._names[-self.keep - 1 :]}
+        checkpoint[KEY] = {"processes": of_all_processes(own), "files": files}
+        loops = checkpoint["loops"]["fit_loop"]
         if not within:
-            conclude_epoch(checkpoint["loops"]["fit_loop"])
+            conclude_epoch(loops)
+        if self._again and not trainer.fit_loop.epoch_loop._should_accumulate():
+            # Lightning leaves out the validation that was done, but counts its step again.
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Those of an optimizer step that is not complete yet; who steps by hand may need them any time."""
@@ -281,33 +306,29 @@ class RunCheckpoints(Checkpoint):
         processes = checkpoint[KEY]["processes"]
         # Of as many processes as before each goes on as it was; of others, none can.
         self._restored = processes[trainer.global_rank] if len(processes) == trainer.world_size else None
-        self._adopt(checkpoint[KEY]["written"])
+        self._adopt(**checkpoint[KEY]["files"])
 
     @rank_zero_only
-    def _adopt(self, names: list[str]) -> None:
+    def _adopt(self, run: str, written: list[str]) -> None:
         """Take over the files of the run that goes on; those later than the checkpoint are the first to go."""
-        self._names = names = [name for name in names if (self._folder / name).is_file()]
-        if not names:
-            return  # they were moved
-        since = self._folder / names[-1]
-        found = [path for path in self._folder.glob("epoch=*-step=*") if path.name not in names]
-        later = [path for path in found if path.stat().st_mtime >= since.stat().st_mtime]
-        self._names = [path.name for path in later if path.suffix == SUFFIX] + names
-        for path in later:
-            if path.suffix == UNFINISHED:  # of a run that was killed while it wrote
-                path.unlink()
+        self._run = run
+        known = [name for name in written if (self._folder / name).is_file()]
+        others = (path for path in sorted(self._folder.glob(f"epoch=*{SUFFIX}")) if path.name not in known)
+        self._names = [path.name for path in others if _is_of(path, run)] + known
+        for path in self._folder.glob(f"*.{run}{UNFINISHED}"):  # it was killed while it wrote
+            path.unlink()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers, the metrics and the gradients; see to what follows each batch."""
-        # Lightning calls the module's own hook after those of all callbacks, and it may change weights.
-        hook = pl_module.on_train_batch_end
+        # Lightning calls the module's own hook after those of all callbacks, and it may change weights; then this.
+        on_batch_end = trainer._logger_connector.on_batch_end
 
-        @functools.wraps(hook)
-        def then_save(*args: Any, **kwargs: Any) -> None:
-            hook(*args, **kwargs)
-            self._after_batch(trainer)
+        def save_before() -> None:
+            if trainer.training:
+                self._after_batch(trainer)
+            on_batch_end()
 
-        pl_module.on_train_batch_end = then_save  # type: ignore[method-assign]
+        trainer._logger_connector.on_batch_end = save_before  # type: ignore[method-assign]
         begin_epoch(trainer)
         self._saved_step = trainer.global_step
         if world_size() > 1:
@@ -315,12 +336,33 @@ class RunCheckpoints(Checkpoint):
             self._listen(signal.SIGTERM)
         if self._restored is None:
             return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(x.stopped_epoch or x.wait_count >= x.patience for x in callbacks if isinstance(x, EarlyStopping)):
+            trainer.should_stop = True
         self._logged = self._restored["logged"]
         set_metrics(pl_module, self._restored["metrics"])
         for name, gradient in self._restored["gradients"].items():
             pl_module.get_parameter(name).grad = gradient.to(pl_module.device)
         set_random_state(self._restored["random"], pl_module.device)
         self._restored = None
+
+
+def _validates_next(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def _is_of(path: Path, run: str) -> bool:
+    """Whether a run's ``RunCheckpoints`` wrote a file, as far as can be told of a broken one."""
+    if OWN_NAME.fullmatch(path.name) is None:
+        return False
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:
+        return True
+    return bool(checkpoint.get(KEY, {}).get("files", {}).get("run") == run)
 
 
 def _folder(trainer: Trainer) -> str:

@@ -15,12 +15,6 @@ LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_gra
 JOIN: dict[str, Any] = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
-def within_epoch(trainer: Trainer) -> bool:
-    """Whether an epoch is under way; it is over when its last hooks are called."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    return bool(epochs.started > epochs.processed)
-
-
 def begin_epoch(trainer: Trainer) -> None:
     """Have a run that ended an epoch begin the next; under ``max_steps``, Lightning would end the last again."""
     loop = trainer.fit_loop
@@ -39,7 +33,7 @@ def logged_so_far(trainer: Trainer) -> list[dict[str, Any]]:
     found = []
     for metric in trainer.fit_loop.epoch_loop._results.values():
         meta = metric.meta
-        if metric.is_tensor and meta.on_epoch:
+        if metric.is_tensor and meta.on_epoch and not metric.has_reset:
             options = {name: getattr(meta, name) for name in LOGGED}
             options |= {"reduce_fx": meta.reduce_fx.__name__}
             options |= {"sync_dist": meta.sync.should, "rank_zero_only": meta.sync.rank_zero_only}
@@ -73,8 +67,10 @@ def metrics_so_far(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
 
 def set_metrics(pl_module: LightningModule, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Go on from :func:`metrics_so_far`."""
+    modules: dict[str, Any] = dict(pl_module.named_modules())
     for path, found in metrics.items():
-        metric: Any = pl_module.get_submodule(path)
+        if (metric := modules.get(path)) is None:
+            continue  # it is measured no more
         for name, value in _on(found["state"], pl_module.device).items():
             setattr(metric, name, value)
         metric._update_count, metric._computed = found["updates"], None

@@ -39,8 +39,8 @@ def find_past(folder: Path, optimizer: str | None) -> Past:
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
         try:
             checkpoint = read_state(path)
-            if "global_step" not in checkpoint:
-                raise CheckpointError(f"{path} cannot be read: it is no checkpoint of a run")
+            if "optimizer_states" not in checkpoint:
+                raise CheckpointError(f"{path} is no checkpoint to go on from")
         except CheckpointError as error:
             say(f"resume     {error}; looking further")
             continue

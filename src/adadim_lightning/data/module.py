@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
 from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
 from adadim_lightning.data.views import TwoViews
+from adadim_lightning.epochs import epochs_ended, forget_cut_epoch, within_epoch
 from adadim_lightning.functional._numeric import check_integer
 
 MOST_ON_DEVICE = 8 * 2**30
@@ -126,7 +127,10 @@ class ImageData(LightningDataModule):
         return self.views.on_host or (self.num_workers > 0 and on_cpu)
 
     def setup(self, stage: str) -> None:
-        """Move images in memory to the GPU that trains."""
+        """Forget an earlier fit, and move images in memory to the GPU that trains."""
+        self._resumed = None
+        if self.trainer is not None and stage == "fit":
+            forget_cut_epoch(self.trainer)
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         if device.type == "cuda" and not self._in_workers():
             for images in (self.train, self.test):
@@ -174,6 +178,7 @@ class ImageData(LightningDataModule):
         """Go on from :meth:`state_dict`."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a trainer that validates or tests restores this too
+        self.trainer.fit_loop._combined_loader = None  # somebody may have asked for a loader before this
         # Batches may be of another size now, or of more processes.
         was = state_dict["batches"]
         batches = was * state_dict["global_batch"] // (self.batch_size * self.trainer.world_size)
@@ -185,10 +190,9 @@ class ImageData(LightningDataModule):
     def _place(self) -> Place:
         """Where the training is, by the trainer's own count."""
         assert self.trainer is not None
-        epochs: Any = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # Between two epochs, the number of batches is still that of the one before.
-        return Place(epochs.processed, batches.ready if epochs.started > epochs.processed else 0)
+        return Place(epochs_ended(self.trainer), batches if within_epoch(self.trainer) else 0)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out batches; none without labels."""
