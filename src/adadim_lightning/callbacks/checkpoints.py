@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from weakref import ref
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -37,6 +36,7 @@ from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.epochs import forget_cut_epoch, within_epoch
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
+from adadim_lightning.pretrained import CheckpointError, read_state
 
 KEY = "adadim_run"
 SUFFIX = ".ckpt"
@@ -359,8 +359,8 @@ def _is_of(path: Path, run: str) -> bool:
     if OWN_NAME.fullmatch(path.name) is None:
         return False
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception:
+        checkpoint = read_state(path)
+    except CheckpointError:
         return True
     return bool(checkpoint.get(KEY, {}).get("files", {}).get("run") == run)
 
