@@ -119,7 +119,6 @@ class RunCheckpoints(Checkpoint):
         self._restored: Mapping[str, Any] | None = None
         self._logged: list[dict[str, Any]] = []
         self._put_off = False
-        self._again = False
         self._module: ref[LightningModule] | None = None
         self._names: list[str] = []
         self._run = ""
@@ -148,7 +147,7 @@ class RunCheckpoints(Checkpoint):
         """Listen to the signals, and start the clock."""
         forget_cut_epoch(trainer)
         self._saved_at = time.monotonic()
-        self._signal = None
+        self._signal, self._put_off = None, False
         self._listen(*SIGNALS)
 
     def _listen(self, *numbers: int) -> None:
@@ -222,7 +221,6 @@ class RunCheckpoints(Checkpoint):
         if self._signal == signal.SIGTERM:  # why it failed, perhaps
             trainer._signal_connector.received_sigterm = True
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
-            self._again = bool(trainer.training) and within_epoch(trainer) and _validates_next(trainer)
             with suppress(NonFiniteError):  # the last one is from before the first bad step
                 self._save(trainer)
 
@@ -288,7 +286,10 @@ class RunCheckpoints(Checkpoint):
         loops = checkpoint["loops"]["fit_loop"]
         if not within:
             conclude_epoch(loops)
-        if self._again and not trainer.fit_loop.epoch_loop._should_accumulate():
+        loop = trainer.fit_loop.epoch_loop
+        batches: Any = loop.batch_progress.current
+        after_batch = within and trainer.training and batches.completed == batches.processed
+        if after_batch and _validates_next(trainer) and not loop._should_accumulate():
             # Lightning leaves out the validation that was done, but counts its step again.
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
