@@ -29,6 +29,7 @@ from adadim_lightning.callbacks.continuing import (
     logged_so_far,
     metrics_so_far,
     random_state,
+    row_of_epoch,
     set_metrics,
     set_random_state,
 )
@@ -282,7 +283,8 @@ class RunCheckpoints(Checkpoint):
             "gradients": self._gradients(trainer, pl_module),
         }
         files = {"run": self._run, "written": self._names[-self.keep - 1 :]}
-        checkpoint[KEY] = {"processes": of_all_processes(own), "files": files}
+        row = None if within else row_of_epoch(trainer)  # the loggers get it after this
+        checkpoint[KEY] = {"processes": of_all_processes(own), "files": files, "row": row}
         loops = checkpoint["loops"]["fit_loop"]
         if not within:
             conclude_epoch(loops)

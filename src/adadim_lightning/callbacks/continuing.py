@@ -11,6 +11,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
+from adadim_lightning.epochs import epochs_ended
+
 LOGGED = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
 JOIN: dict[str, Any] = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
@@ -26,6 +28,12 @@ def conclude_epoch(loop: dict[str, Any]) -> None:
     """Have the state of a trainer's loop say that the epoch is over; that comes after the hooks that save it."""
     for count in loop["epoch_progress"].values():
         count["completed"] = count["processed"]
+
+
+def row_of_epoch(trainer: Trainer) -> dict[str, float]:
+    """What the epoch that has just ended logged, with its ``epoch`` and ``step``."""
+    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return values | {"epoch": epochs_ended(trainer) - 1, "step": trainer.global_step - 1}
 
 
 def logged_so_far(trainer: Trainer) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """What an earlier part of a run left to go on from."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from adadim_lightning.callbacks.checkpoints import KEY
 from adadim_lightning.cli.build import say
 from adadim_lightning.pretrained import CheckpointError, read_state
 
@@ -16,12 +17,12 @@ class Past:
     Attributes:
         checkpoint: from which the fit goes on; None where none was written.
         steps: number of steps behind it.
-        history: columns of what its epochs logged, with their ``epoch`` and ``step``.
+        row: what the epoch logged that it ends, with its ``epoch`` and ``step``; None within one.
     """
 
     checkpoint: Path | None = None
     steps: int = 0
-    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    row: Mapping[str, float] | None = None
 
 
 def find_past(folder: Path, optimizer: str | None) -> Past:
@@ -49,7 +50,7 @@ def find_past(folder: Path, optimizer: str | None) -> Past:
             raise ValueError(f"the run was begun with the optimizer {was}; another cannot go on with its state")
         steps = int(checkpoint["global_step"])
         say(f"resume     {os.path.relpath(path)}, step {steps:,}")
-        return Past(path, steps, checkpoint.get("callbacks", {}).get("DynamicsPlot", {}).get("history", {}))
+        return Past(path, steps, checkpoint.get(KEY, {}).get("row"))
     if found:
         raise ValueError(
             f"no checkpoint in {os.path.relpath(folder)} can be read; to begin anew, remove its folder checkpoints"

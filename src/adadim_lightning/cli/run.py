@@ -213,7 +213,7 @@ class Run:
             self.past = find_past(self.folder, config.optimizer.get("_target_"))
         # Always first: its folder is the run folder, where the checkpoints go too.
         loggers = [
-            metrics_log(self.folder, self.past.steps, self.past.history),
+            metrics_log(self.folder, self.past.steps, self.past.row),
             *make_loggers(
                 config.get("logger"),
                 folder=self.folder,
