@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -18,6 +19,7 @@ from adadim_lightning.evaluation import (
     few_shot_accuracy,
     knn_accuracy,
     label_free_values,
+    linear_accuracies,
     linear_accuracy,
     sgd_linear_accuracy,
 )
@@ -144,6 +146,18 @@ def test_linear_accuracy_is_that_of_logistic_regression_on_standardized_rows() -
     (x, y), (test_x, test_y) = train, test = clusters(300), clusters(300)
     x, test_x = (((rows - x.mean(dim=0)) / x.std(dim=0, correction=0)).numpy() for rows in (x, test_x))
     assert linear_accuracy(train, test) == LogisticRegression().fit(x, y).score(test_x, test_y)
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn_and_unlabeled_rows_do_not_count() -> None:
+    (x, y), (test_x, test_y) = train, test = clusters(300), clusters(300)
+    kept = (test_y != 0) | (torch.arange(len(test_y)) % 10 == 0)  # few of the first class
+    test = (test_x[kept], torch.where(torch.arange(int(kept.sum())) % 7 == 0, -1, test_y[kept]))
+    found = linear_accuracies(train, test)
+    scaled, shown = (((rows - x.mean(dim=0)) / x.std(dim=0, correction=0)).numpy() for rows in (x, test[0]))
+    predicted, known = LogisticRegression().fit(scaled, y).predict(shown), test[1] >= 0
+    assert found.balanced == pytest.approx(balanced_accuracy_score(test[1][known], predicted[known]))
+    assert found.top1 == pytest.approx(accuracy_score(test[1][known], predicted[known]))
+    assert found.balanced != found.top1
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

@@ -8,7 +8,7 @@ from lightly.loss import NTXentLoss, VICRegLoss
 from torch import Tensor
 
 from adadim_lightning import AdaDimLoss
-from adadim_lightning.functional import matrix_mutual_information, nt_xent_loss, vicreg_loss
+from adadim_lightning.functional import barlow_twins_loss, matrix_mutual_information, nt_xent_loss, vicreg_loss
 
 Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -96,6 +96,32 @@ def test_the_weighted_parts_sum_to_the_total_and_all_parts_are_named_and_detache
     }
     assert output.total.requires_grad
     assert not any(x.requires_grad for x in (*output.parts.values(), *output.weighted.values()))
+
+
+def test_barlow_twins_takes_the_place_of_vicreg() -> None:
+    rows = views()
+    loss = AdaDimLoss(alpha=0.3, gamma=0.0, decorrelation="barlow_twins", redundancy_weight=0.02, temperature=0.5)
+    output = loss(*rows)
+    theirs = barlow_twins_loss(rows[2], rows[3], redundancy_weight=0.02)
+    torch.testing.assert_close(output.parts["decorrelation"], theirs.detach())
+    torch.testing.assert_close(output.parts["invariance"] + 0.02 * output.parts["redundancy"], theirs.detach())
+    assert set(output.parts) == {"decorrelation", "invariance", "redundancy", "uniformity", "information"}
+    written = 0.7 * theirs + 0.3 * nt_xent_loss(rows[2], rows[3], temperature=0.5)
+    for ours, reference in zip(gradients(output.total, rows), gradients(written, rows), strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_an_information_below_its_floor_is_not_pressed_further(above: bool) -> None:
+    rows = views()
+    information = float(matrix_mutual_information(torch.cat(rows[:2]), torch.cat(rows[2:])))
+    floor = information - 0.1 if above else information + 0.1
+    loss = AdaDimLoss(alpha=1.0, gamma=1.0, information_floor=floor)
+    output = loss(*rows)
+    assert float(output.parts["information"]) == pytest.approx(information, rel=1e-5)  # as it is
+    assert float(output.weighted["information"]) == pytest.approx(max(information, floor), rel=1e-5)
+    r_gradient = gradients(output.total, rows)[0]
+    assert bool(r_gradient.any()) == above  # nothing but the information depends on R
 
 
 def test_the_parts_are_unweighted_and_do_not_depend_on_the_balance() -> None:
@@ -225,6 +251,9 @@ def test_input_that_does_not_fit_is_named() -> None:
         {"kappa": math.nan},
         {"kappa": "matched"},
         {"gamma": math.inf},
+        {"information_floor": math.nan},
+        {"decorrelation": "barlow"},
+        {"redundancy_weight": -1.0},
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ A row with a negative label has none: every probe leaves it out, to fit and to s
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +57,30 @@ def _labeled(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return x[known], labels[known].long()
 
 
-def linear_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """Top-1 accuracy of a logistic regression on standardized, frozen representations.
+class Accuracies(NamedTuple):
+    """Share of the rows that are predicted right, and its mean over classes, whatever their sizes."""
+
+    top1: float
+    balanced: float
+
+
+def linear_accuracies(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Accuracies:
+    """Accuracies of a logistic regression on standardized, frozen representations.
 
     Args:
         train: representations ``(N, d)`` and labels ``(N,)`` to fit.
         test: those to score.
 
     Returns:
-        Share in ``[0, 1]``.
+        Shares in ``[0, 1]``; the balanced one is the mean recall of the classes that ``test`` holds.
 
     Raises:
         ValueError: no row has a label, or those to fit are all of one class.
 
     Example:
         >>> rows = (torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([0, 1, -1]))
-        >>> linear_accuracy(rows, rows)
-        1.0
+        >>> linear_accuracies(rows, rows)
+        Accuracies(top1=1.0, balanced=1.0)
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -80,7 +88,15 @@ def linear_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     classifier.fit(*(x.numpy() for x in _labeled(train)))
-    return float(classifier.score(*(x.numpy() for x in _labeled(test))))
+    x, labels = _labeled(test)
+    right = torch.from_numpy(classifier.predict(x.numpy())) == labels
+    recalls = [right[labels == c].double().mean() for c in torch.unique(labels)]
+    return Accuracies(float(right.double().mean()), float(torch.stack(recalls).mean()))
+
+
+def linear_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+    """Top-1 accuracy of :func:`linear_accuracies`."""
+    return linear_accuracies(train, test).top1
 
 
 @torch.no_grad()

@@ -18,10 +18,12 @@ from adadim_lightning.functional._numeric import (
     no_autocast,
 )
 from adadim_lightning.functional.contrastive import _nt_xent_of_gram
-from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
+from adadim_lightning.functional.decorrelation import Reduction, _barlow_twins_parts, _vicreg_parts
 from adadim_lightning.functional.information import _renyi_information, cosine_gram
 
 _GRADIENT_SCALE = 1024.0
+
+Decorrelation = Literal["vicreg", "barlow_twins"]
 
 
 class ObjectiveOutput(NamedTuple):
@@ -30,7 +32,8 @@ class ObjectiveOutput(NamedTuple):
     Attributes:
         total: differentiable scalar to minimize.
         parts: unweighted parts, detached: ``decorrelation`` and its ``invariance``, ``variance`` and
-            ``covariance``, ``uniformity``, ``information`` (nats).
+            ``covariance`` (of Barlow Twins ``invariance`` and ``redundancy``), ``uniformity``, ``information``
+            (nats).
         weighted: what ``decorrelation``, ``uniformity`` and ``information`` contribute to the total, detached.
     """
 
@@ -57,6 +60,9 @@ class AdaDimLoss(nn.Module):
             their gradients at Z equal, by a running estimate.
         temperature: of NT-Xent, > 0.
         order: Renyi order q of the information; any but 2 costs three eigen-decompositions a step.
+        information_floor: nats below which a lower information is not rewarded any more; None for no floor.
+        decorrelation: ``"vicreg"``, or ``"barlow_twins"`` in its place.
+        redundancy_weight: Barlow Twins' lambda.
         invariance_weight: VICReg's lambda.
         variance_weight: VICReg's mu.
         covariance_weight: VICReg's nu.
@@ -66,11 +72,11 @@ class AdaDimLoss(nn.Module):
         invariance_reduction: over dimensions; ``"mean"`` as in VICReg's code or ``"sum"`` as in its paper.
 
     Raises:
-        ValueError: alpha outside ``[0, 1]``; temperature, order, kappa or eps <= 0; a weight < 0; or anything that
-            is not a finite number.
+        ValueError: alpha outside ``[0, 1]``; temperature, order, kappa or eps <= 0; a weight < 0; an unknown
+            decorrelation; or anything that is not a finite number.
 
     Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
-    paper's form; ``"match"`` is ours.
+    paper's form; ``"match"`` and the floor are ours.
 
     Example:
         >>> loss = AdaDimLoss(alpha=0.5)
@@ -92,6 +98,9 @@ class AdaDimLoss(nn.Module):
         kappa: float | Literal["match"] = 1.0,
         temperature: float = 0.2,
         order: float = 2.0,
+        information_floor: float | None = None,
+        decorrelation: Decorrelation = "vicreg",
+        redundancy_weight: float = 0.005,
         invariance_weight: float = 25.0,
         variance_weight: float = 25.0,
         covariance_weight: float = 1.0,
@@ -106,17 +115,31 @@ class AdaDimLoss(nn.Module):
         check_number("invariance_weight", invariance_weight, low=0)
         check_number("variance_weight", variance_weight, low=0)
         check_number("covariance_weight", covariance_weight, low=0)
+        check_number("redundancy_weight", redundancy_weight, low=0)
+        if information_floor is not None:
+            check_number("information_floor", information_floor)
         check_bool("halve_variance", halve_variance)
         check_positive("eps", eps)
         if invariance_reduction not in ("mean", "sum"):
             raise ValueError(f'invariance_reduction must be "mean" or "sum", got {invariance_reduction!r}')
+        if decorrelation not in ("vicreg", "barlow_twins"):
+            raise ValueError(f'decorrelation must be "vicreg" or "barlow_twins", got {decorrelation!r}')
         self.match_gradients = kappa == "match"
         if kappa != "match" and not (isinstance(kappa, int | float) and 0 < kappa < math.inf):
             raise ValueError(f'kappa must be a finite number > 0 or "match", got {kappa!r}')
         self.gamma = gamma
         self.temperature = temperature
         self.order = order
-        self.weights = (invariance_weight, variance_weight, covariance_weight)
+        self.information_floor = information_floor
+        self.decorrelation: Decorrelation = decorrelation
+        self.weights = {
+            "vicreg": {
+                "invariance": invariance_weight,
+                "variance": variance_weight,
+                "covariance": covariance_weight,
+            },
+            "barlow_twins": {"invariance": 1.0, "redundancy": redundancy_weight},
+        }[decorrelation]
         self.eps = eps
         self.halve_variance = halve_variance
         self.invariance_reduction: Reduction = invariance_reduction
@@ -192,22 +215,24 @@ class AdaDimLoss(nn.Module):
             r1, r2, z1, z2 = gather_rows(*(x.to(dtype) for x in (r1, r2, z1, z2)))
             parts: dict[str, Tensor] = {}
             if decorrelation is None:
-                vicreg = _vicreg_parts(
-                    z1,
-                    z2,
-                    eps=self.eps,
-                    halve_variance=self.halve_variance,
-                    invariance_reduction=self.invariance_reduction,
-                )
-                parts = vicreg._asdict()
-                decorrelation = sum(
-                    (w * part for w, part in zip(self.weights, vicreg, strict=True)), z1.new_zeros(())
-                )
+                parts = self._decorrelation_parts(z1, z2)
+                decorrelation = sum((self.weights[name] * part for name, part in parts.items()), z1.new_zeros(()))
             gram_z = cosine_gram(torch.cat([z1, z2]))
             if uniformity is None:
                 uniformity = _nt_xent_of_gram(gram_z, self.temperature)
             information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
         return parts | {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
+
+    def _decorrelation_parts(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        if self.decorrelation == "barlow_twins":
+            return _barlow_twins_parts(z1, z2)._asdict()
+        return _vicreg_parts(
+            z1,
+            z2,
+            eps=self.eps,
+            halve_variance=self.halve_variance,
+            invariance_reduction=self.invariance_reduction,
+        )._asdict()
 
     def mix(self, parts: dict[str, Tensor], embeddings: Sequence[Tensor]) -> ObjectiveOutput:
         """The objective of its parts.
@@ -223,10 +248,13 @@ class AdaDimLoss(nn.Module):
         with no_autocast(decorrelation):
             if self.match_gradients and self.training and decorrelation.requires_grad:
                 self._match_gradients(decorrelation, uniformity, embeddings)
+            information = parts["information"]
+            if self.information_floor is not None:
+                information = information.clamp_min(self.information_floor)
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,
                 "uniformity": self.alpha * self.kappa * uniformity,
-                "information": self.beta * parts["information"],
+                "information": self.beta * information,
             }
             total = weighted["decorrelation"] + weighted["uniformity"] + weighted["information"]
         return ObjectiveOutput(

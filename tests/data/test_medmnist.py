@@ -48,6 +48,15 @@ def test_every_flat_set_is_read(flag: str, tmp_path) -> None:
     assert str(data).startswith(INFO[flag]["python_class"])
 
 
+def test_the_validation_split_can_be_held_out_in_place_of_the_test_split(tmp_path) -> None:
+    arrays = write(tmp_path, "bloodmnist")
+    data = load("blood", tmp_path, 3, test_split="val")
+    assert np.array_equal(data.test.images.permute(0, 2, 3, 1).numpy(), arrays["val_images"])
+    assert np.array_equal(data.train.images.permute(0, 2, 3, 1).numpy(), arrays["train_images"])
+    with pytest.raises(ValueError, match='test_split must be "test" or "val", got \'train\''):
+        load("blood", tmp_path, 3, test_split="train")
+
+
 def test_images_with_several_labels_count_as_unlabeled(tmp_path) -> None:
     write(tmp_path, "chestmnist")
     data = load("chest", tmp_path)

@@ -1,13 +1,19 @@
-"""VICReg and its parts against their formulas and against lightly."""
+"""VICReg, its parts and Barlow Twins against their formulas and against lightly."""
 
 import numpy as np
 import pytest
 import torch
-from lightly.loss import VICRegLoss
+from lightly.loss import BarlowTwinsLoss, VICRegLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adadim_lightning.functional import covariance_loss, invariance_loss, variance_loss, vicreg_loss
+from adadim_lightning.functional import (
+    barlow_twins_loss,
+    covariance_loss,
+    invariance_loss,
+    variance_loss,
+    vicreg_loss,
+)
 from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
 
 shapes = pytest.mark.parametrize("shape", [(2, 3), (6, 20), (20, 6), (12, 12), (13, 12)])
@@ -126,10 +132,54 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
+@shapes
+@pytest.mark.parametrize("weight", [0.0, 0.005, 1.0])
+def test_barlow_twins_and_its_gradients_equal_those_of_lightly(shape: tuple[int, int], weight: float) -> None:
+    views = [view.requires_grad_() for view in two_views(shape, torch.float64)]
+    ours = barlow_twins_loss(*views, redundancy_weight=weight)
+    theirs = BarlowTwinsLoss(lambda_param=weight)(*views)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for gradient, expected in zip(
+        torch.autograd.grad(ours, views), torch.autograd.grad(theirs, views), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_barlow_twins_of_equal_orthogonal_views_is_0_and_of_opposite_ones_4_a_dimension() -> None:
+    z = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    assert barlow_twins_loss(z, 5 * z - 3).item() == pytest.approx(0, abs=1e-8)
+    assert barlow_twins_loss(z, -z).item() == pytest.approx(8, rel=1e-4)
+
+
+@shapes
+def test_barlow_twins_has_the_right_gradient(shape: tuple[int, int]) -> None:
+    views = tuple(view.requires_grad_() for view in two_views(shape, torch.float64))
+    assert torch.autograd.gradcheck(barlow_twins_loss, views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
+def test_barlow_twins_ignores_autocast(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    z1, z2 = (view.to(dtype) for view in two_views(shape))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = barlow_twins_loss(z1, z2)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, barlow_twins_loss(z1.float(), z2.float()))
+
+
+def test_a_negative_weight_of_the_redundancy_is_an_error() -> None:
+    z = torch.eye(3)
+    with pytest.raises(ValueError, match="redundancy_weight must be a finite number >= 0"):
+        barlow_twins_loss(z, z, redundancy_weight=-0.1)
+
+
+@pytest.mark.parametrize(
+    "loss", [covariance_loss, lambda z: barlow_twins_loss(z, z)], ids=["VICReg", "Barlow Twins"]
+)
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
-def test_the_covariance_part_never_builds_the_larger_of_both_products(shape: tuple[int, int]) -> None:
+def test_the_covariance_part_never_builds_the_larger_of_both_products(shape: tuple[int, int], loss) -> None:
     with LargestResult() as largest:
-        covariance_loss(torch.randn(shape))
+        loss(torch.randn(shape))
     assert largest.numbers == shape[0] * shape[1]
 
 
@@ -173,7 +223,7 @@ def test_vicreg_and_its_parts_ignore_autocast(
     assert torch.equal(inside, losses(z1.float(), z2.float()))
 
 
-@pytest.mark.parametrize("loss", [vicreg_loss, invariance_loss])
+@pytest.mark.parametrize("loss", [vicreg_loss, invariance_loss, barlow_twins_loss])
 @pytest.mark.parametrize(
     ("z1", "z2", "cause"),
     [

@@ -17,6 +17,7 @@ from torch import Tensor
 from adadim_lightning.functional import (
     alignment,
     alpha_req,
+    barlow_twins_loss,
     cosine_gram,
     covariance_loss,
     effective_rank,
@@ -102,11 +103,15 @@ VICREG: dict[str, tuple[Function, Bounds]] = {
     )
     for halve in (False, True)
 }
-OF_TWO = {**CONTRASTIVE, **ALIGNMENTS, **INFORMATION, **INVARIANCE, **VICREG}
+BARLOW_TWINS: dict[str, tuple[Function, Bounds]] = {
+    "Barlow Twins": (barlow_twins_loss, lambda n, d: (0, math.inf))
+}
+OF_TWO = {**CONTRASTIVE, **ALIGNMENTS, **INFORMATION, **INVARIANCE, **VICREG, **BARLOW_TWINS}
 ALL = {**OF_ONE, **OF_TWO}
 COSINE = [*MATRIX_ENTROPIES, *UNIFORMITIES, *CONTRASTIVE, *ALIGNMENTS, *INFORMATION]
 CENTERED = [name for name in ESTIMATORS if "centered" in name] + ["alpha-ReQ"]
-UNCHECKED = [*PARTS, *CONTRASTIVE, *INVARIANCE, *VICREG]  # losses: a look at the values would wait for the device
+# Losses: a look at the values would wait for the device.
+UNCHECKED = [*PARTS, *CONTRASTIVE, *INVARIANCE, *VICREG, *BARLOW_TWINS]
 
 
 def value(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -277,6 +282,7 @@ VICREG_DEFAULTS = {
     [
         (alignment, {"alpha": 2.0}),
         (alpha_req, {"first": 11, "last": 50}),
+        (barlow_twins_loss, {"redundancy_weight": 0.005}),
         (effective_rank, {"spectrum": "singular", "center": False}),
         (eigenvalue_spectrum, {"center": False}),
         (invariance_loss, {"reduction": "mean"}),

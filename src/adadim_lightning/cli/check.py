@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from adadim_lightning.cli.app import nearest
+from adadim_lightning.cli.closing import check_evaluation
 from adadim_lightning.functional._numeric import check_bool, check_integer
 from adadim_lightning.run_folder import run_lock
 
@@ -17,7 +18,17 @@ SWITCHES = ("channels_last", "compile", "show_views", "resume")
 KEYS = {
     *REQUIRED,
     *SWITCHES,
-    *("eval_data", "lr_schedule", "lr_scaling", "callbacks", "guard", "logger", "optimized_metric", "trust"),
+    *(
+        "eval_data",
+        "lr_schedule",
+        "lr_scaling",
+        "callbacks",
+        "guard",
+        "logger",
+        "evaluation",
+        "optimized_metric",
+        "trust",
+    ),
 }
 TRAINER_INTEGERS = {
     "max_epochs": 1,
@@ -70,6 +81,8 @@ def check_config(config: DictConfig) -> None:
         if key not in KEYS and meant is not None:
             raise ValueError(f"the configuration has no key {key!r}; did you mean {meant!r}?")
     check_integer("seed", config.seed, low=0)
+    if config.get("evaluation") is not None:
+        check_evaluation(config.evaluation)
     for key, low in TRAINER_INTEGERS.items():
         value = config.trainer.get(key)
         if value is not None and value != -1:

@@ -28,7 +28,7 @@ from adadim_lightning.evaluation import (
     few_shot_accuracy,
     knn_accuracy,
     label_free_values,
-    linear_accuracy,
+    linear_accuracies,
     sgd_linear_accuracy,
 )
 from adadim_lightning.extras import require
@@ -44,7 +44,11 @@ MOST_FOR_LOGISTIC = 3e8
 VIEWS_AT_ONCE = 512
 FEW_SHOT = "few_shot_{:g}pct_top1"
 GROUPS = {
-    "Linear probe": {"linear_top1": "logistic regression", "linear_sgd_top1": "SGD, 100 epochs"},
+    "Linear probe": {
+        "linear_top1": "logistic regression",
+        "linear_balanced": "  mean over classes",
+        "linear_sgd_top1": "SGD, 100 epochs",
+    },
     "Nearest neighbors, k = 20": {"knn_top1": "weighted, T = 0.07", "knn_plain_top1": "plain vote"},
     "Few labels, mean of 3": {},  # a row for each of few_shot
     "Without labels": {
@@ -185,9 +189,9 @@ def _probe(train: Rows, test: Rows, probes: Iterable[str], config: DictConfig) -
     size = int((labels >= 0).sum()) * train[0].shape[1] * (int(labels.max()) + 1)
     left_out = []
     if "linear" in probes:
-        values["linear_top1"] = None
+        values["linear_top1"] = values["linear_balanced"] = None
         if size <= MOST_FOR_LOGISTIC:
-            values["linear_top1"] = linear_accuracy(train, test)
+            values["linear_top1"], values["linear_balanced"] = linear_accuracies(train, test)
         else:
             left_out.append("all labels")
         values["linear_sgd_top1"] = sgd_linear_accuracy(train, test, seed=config.seed)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from adadim_lightning.cli import slurm
 from adadim_lightning.cli.app import INTERRUPTED, one_line
 from adadim_lightning.cli.build import make_data, say
 from adadim_lightning.cli.check import check_config, check_unused, hold
+from adadim_lightning.cli.closing import evaluate_backbones
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.resume import Past, find_past
@@ -36,7 +36,6 @@ from adadim_lightning.cli.sweep import Job
 from adadim_lightning.cli.sweep_report import print_line
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageSet, TwoViews
-from adadim_lightning.evaluation import embed, knn_accuracy, linear_accuracy
 from adadim_lightning.models import representation_dim
 from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
@@ -44,9 +43,6 @@ from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
-
-MOST_EVALUATED = 5000  # images of the closing evaluation; adadim-evaluate takes them all
-MOST_RAW_PIXELS = 1024
 
 
 def train(
@@ -321,20 +317,11 @@ class Run:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 
     def evaluate(self) -> None:
-        """Score the frozen backbone on the held-out images, beside raw pixels and the untrained one."""
-        data = self.eval_data
-        if not data.is_labeled or not isinstance(data.train, ImageSet) or data.test is None:
-            return
+        """Score the frozen backbone on the held-out images."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
-        splits = [some_labeled(images, MOST_EVALUATED) for images in (data.train, data.test)]
-        backbones = {"raw": nn.Flatten(), "untrained": self.untrained, "trained": self.backbone}
-        if math.prod(data.image_shape) > MOST_RAW_PIXELS:
-            del backbones["raw"]
-        for name, backbone in backbones.items():
-            train, test = (embed(backbone.to(device), data.loader(x), self.views.clean) for x in splits)
-            self.evaluation[f"evaluation/{name}_linear_top1"] = linear_accuracy(train, test)
-            self.evaluation[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
+        backbones = {"raw": nn.Flatten(), "untrained": self.untrained.to(device), "trained": self.backbone.to(device)}
+        self.evaluation = evaluate_backbones(backbones, self.eval_data, self.config.get("evaluation"))
         for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
             logger.log_metrics(self.evaluation, step=self.trainer.global_step)
 
@@ -349,14 +336,6 @@ def best_precision(accelerator: str) -> str:
     """Mixed bfloat16 on GPUs that have it, else full precision."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def some_labeled(images: ImageSet, most: int) -> ImageSet:
-    """The images that have a label; of many, a fixed random part."""
-    labeled = (images.labels >= 0).nonzero().flatten()
-    if len(labeled) > most:
-        labeled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))[:most]]
-    return images if len(labeled) == len(images) else images.subset(labeled.sort().values.tolist())
 
 
 def _quieten() -> None:

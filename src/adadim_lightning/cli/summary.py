@@ -99,12 +99,15 @@ def _training(first: Figures, last: Figures) -> Table:
 def _evaluation(scores: Figures) -> Table:
     """Frozen features on the held-out images."""
     table = Table("held-out top-1", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("linear", justify="right")
-    table.add_column("kNN", justify="right")
+    probes = {"linear": "linear", "knn": "kNN", "few_shot_1pct": "1 %", "few_shot_10pct": "10 %"}
+    shown = {key: label for key, label in probes.items() if any(name.endswith(f"_{key}_top1") for name in scores)}
+    for label in shown.values():
+        table.add_column(label, justify="right")
     for name in ("raw", "untrained", "trained"):
-        keys = [f"evaluation/{name}_{probe}_top1" for probe in ("linear", "knn")]
-        if keys[0] in scores:
-            table.add_row("raw pixels" if name == "raw" else name, *(f"{scores[key]:.3f}" for key in keys))
+        found = [scores.get(f"evaluation/{name}_{key}_top1") for key in shown]
+        if any(score is not None for score in found):
+            row = ("-" if score is None else f"{score:.3f}" for score in found)
+            table.add_row("raw pixels" if name == "raw" else name, *row)
     return table
 
 

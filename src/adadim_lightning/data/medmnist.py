@@ -18,12 +18,13 @@ def medmnist(
     *,
     root: str | Path = "data/medmnist",
     size: int = 28,
+    test_split: str = "test",
     download: bool = True,
     image_size: int | None = None,
     channels: int = 3,
     **options: Any,
 ) -> ImageData:
-    """A two-dimensional data set of MedMNIST, its training images and its test images.
+    """A two-dimensional data set of MedMNIST, its training images and those of a split to hold out.
 
     Where an image may have several labels (ChestMNIST) it counts as one without. All images are kept in memory.
 
@@ -31,6 +32,7 @@ def medmnist(
         name: such as ``"pneumonia"`` or ``"pneumoniamnist"``.
         root: folder of the files.
         size: of the published images: 28, 64, 128 or 224.
+        test_split: split to hold out: ``"test"``, or ``"val"``, on which to choose.
         download: fetch what is missing.
         image_size: side of the images; None is their own.
         channels: 1 or 3.
@@ -40,7 +42,7 @@ def medmnist(
         The data module.
 
     Raises:
-        ValueError: there is no such data set, it holds volumes, or it could not be downloaded.
+        ValueError: there is no such data set or split, it holds volumes, or it could not be downloaded.
         ModuleNotFoundError: the package ``medmnist`` is missing; the message has its install line.
 
     Source: Yang et al., "MedMNIST v2", Scientific Data 2023.
@@ -57,6 +59,8 @@ def medmnist(
     kind = getattr(package, info["python_class"])
     if size not in kind.available_sizes:
         raise ValueError(f"MedMNIST has images of size {', '.join(map(str, kind.available_sizes))}, got {size!r}")
+    if test_split not in ("test", "val"):
+        raise ValueError(f'test_split must be "test" or "val", got {test_split!r}')
     root = Path(root).expanduser()
     several = info["task"].startswith("multi-label")
     classes = None if several else [info["label"][str(i)] for i in range(len(info["label"]))]
@@ -73,4 +77,4 @@ def medmnist(
         labels = None if several else torch.as_tensor(found.labels.astype(np.int64)).flatten()
         return MemoryImages(images, labels, classes=classes).resized(image_size, channels)
 
-    return ImageData(load("train"), load("test"), title=info["python_class"], **options)
+    return ImageData(load("train"), load(test_split), title=info["python_class"], **options)

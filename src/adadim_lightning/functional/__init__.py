@@ -3,6 +3,7 @@
 from adadim_lightning.functional.alpha_req import alpha_req
 from adadim_lightning.functional.contrastive import nt_xent_loss
 from adadim_lightning.functional.decorrelation import (
+    barlow_twins_loss,
     covariance_loss,
     invariance_loss,
     variance_loss,
@@ -17,6 +18,7 @@ from adadim_lightning.functional.spectrum import effective_rank, eigenvalue_spec
 __all__ = [
     "alignment",
     "alpha_req",
+    "barlow_twins_loss",
     "cosine_gram",
     "covariance_loss",
     "effective_rank",

@@ -1,4 +1,4 @@
-"""Feature decorrelation: VICReg and its three parts."""
+"""Feature decorrelation: VICReg and its three parts, and Barlow Twins."""
 
 from typing import Literal, NamedTuple
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adadim_lightning.functional._numeric import (
     check_matrix,
+    check_number,
     check_positive,
     check_views,
     full_precision,
@@ -193,3 +194,61 @@ def vicreg_loss(
         + variance_weight * parts.variance
         + covariance_weight * parts.covariance
     )
+
+
+class BarlowTwinsParts(NamedTuple):
+    """The two unweighted parts of Barlow Twins."""
+
+    invariance: Tensor
+    redundancy: Tensor
+
+
+def _barlow_twins_parts(z1: Tensor, z2: Tensor) -> BarlowTwinsParts:
+    """The parts of :func:`barlow_twins_loss`, from whichever product of matrices is smaller."""
+    n, d = z1.shape
+    dtype = torch.promote_types(full_precision(z1).dtype, z2.dtype)
+    with no_autocast(z1):
+        # Batch normalization as the authors have it: biased variance, and an epsilon for constant dimensions.
+        x1, x2 = (
+            centered / torch.sqrt(variance * ((n - 1) / n) + 1e-5)
+            for centered, variance in (_centered(z.to(dtype)) for z in (z1, z2))
+        )
+        diagonal = (x1 * x2).mean(dim=0)
+        if n < d:
+            # The squared Frobenius norm of X1^T X2 is the inner product of the Gram matrices of the rows.
+            redundancy = ((x1 @ x1.T) * (x2 @ x2.T)).sum() / n**2 - diagonal.square().sum()
+            redundancy = redundancy.clamp_min(0.0)
+        else:
+            redundancy = (x1.T @ x2 / n).fill_diagonal_(0.0).square().sum()
+        return BarlowTwinsParts((1 - diagonal).square().sum(), redundancy)
+
+
+def barlow_twins_loss(z1: Tensor, z2: Tensor, *, redundancy_weight: float = 0.005) -> Tensor:
+    r"""Barlow Twins: the cross-correlation of the views is to be the identity.
+
+    .. math:: \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \ne j} C_{ij}^2, \qquad C = \hat Z_1^\top \hat Z_2 / N
+
+    with dimensions standardized over the batch.
+
+    Args:
+        z1: embeddings of the first view, shape ``(N, d)``, N >= 2; computed in float32 or wider.
+        z2: embeddings of the second view, the same shape.
+        redundancy_weight: :math:`\lambda` >= 0.
+
+    Returns:
+        Differentiable scalar >= 0.
+
+    Raises:
+        ValueError: the views differ in shape or have fewer than 2 rows; ``redundancy_weight`` < 0.
+
+    Source: Zbontar et al., "Barlow Twins: self-supervised learning via redundancy reduction", ICML 2021.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+        >>> round(barlow_twins_loss(z, -z).item(), 3)
+        8.0
+    """
+    check_views(z1, z2)
+    check_number("redundancy_weight", redundancy_weight, low=0)
+    parts = _barlow_twins_parts(z1, z2)
+    return parts.invariance + redundancy_weight * parts.redundancy

@@ -1,0 +1,193 @@
+"""The accuracy study: which arm wins, on which data, by how much.
+
+One command a stage, each a Hydra multirun that goes on where it was stopped, and the report of its runs:
+
+    uv run python benchmarks/accuracy/study.py search     # each arm's learning rate and weight decay
+    uv run python benchmarks/accuracy/study.py choose     # writes them to conf/tuned/chosen.yaml, to be committed
+    uv run python benchmarks/accuracy/study.py explore    # all arms
+    uv run python benchmarks/accuracy/study.py final      # six arms on the test sets, once; all else is validation
+    uv run python benchmarks/accuracy/study.py results    # docs/results.md and its pictures
+
+``--jobs 2`` runs so many at once, one thread each. Overrides go to adadim-train: ``places.cifar10=FOLDER`` (a
+folder of parquet files; by default the hub), ``places.torchvision=FOLDER``, ``places.medmnist=FOLDER``, or
+``trainer.max_steps=4`` for a try. Runs go to ``runs/accuracy/STAGE``, the figures of all that have ended to
+``benchmarks/results/accuracy/STAGE.json``.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "accuracy"
+ARMS = sorted(path.stem for path in (HERE / "conf" / "arm").glob("*.yaml"))
+FINAL_ARMS = ["simclr", "vicreg", "fixed_50", "linear", "adadim_paper", "adadim"]
+# As adadim-train and adadim-report, where the package lies on the path without being installed.
+TRAIN, REPORT = (
+    (sys.executable, "-c", f"from adadim_lightning.cli.{name} import main; main()") for name in ("train", "report")
+)
+METRIC = "evaluation/trained_linear_balanced"
+CURVES = ("dynamics/H_R", "dynamics/I_RZ", "dynamics/ER_R", "dynamics/ER_Z", "balance/alpha", "balance/beta")
+RATES, DECAYS = (0.001, 0.003, 0.01), (0.0001, 0.1)
+
+STAGES: dict[str, dict[str, str]] = {
+    "search": {
+        "experiment": "accuracy",
+        "split": "validation",
+        "+arm": ",".join(ARMS),
+        "data": "study_cifar10",
+        "seed": "100",
+        "optimizer.lr": ",".join(map(str, RATES)),
+        "optimizer.weight_decay": ",".join(map(str, DECAYS)),
+    },
+    "explore": {
+        "experiment": "accuracy",
+        "split": "validation",
+        "+arm": ",".join(ARMS),
+        "data": "study_cifar10,study_fashion_mnist",
+        "seed": "0,1,2",
+    },
+    "final": {
+        "experiment": "accuracy",
+        "split": "test",
+        "+arm": ",".join(FINAL_ARMS),
+        "data": ",".join(f"study_{x}" for x in ("cifar10", "fashion_mnist", "pneumonia", "retina", "digits")),
+        "seed": "0,1,2,3,4",
+    },
+    "gpu": {
+        "experiment": "accuracy_gpu",
+        "split": "test",
+        "+arm": "simclr,vicreg,adadim_paper,adadim",
+        "data": "study_cifar10_whole",
+        "seed": "0,1,2",
+    },
+}
+
+
+def run(stage: str, folder: Path, jobs: int, extra: list[str]) -> int:
+    """Train what is missing of a stage."""
+    settings = [f"{key}={value}" for key, value in STAGES[stage].items()]
+    given = {argument.partition("=")[0] for argument in extra}
+    settings = [x for x in settings if x.partition("=")[0] not in given]
+    overrides = ["--config-dir", str(HERE / "conf"), "-m", *settings, *extra, f"run_dir={folder}", "resume=true"]
+    if jobs > 1:
+        overrides += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
+    print(shlex.join(["adadim-train", *overrides]), flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Whoever tells a group of processes to stop tells the training, too; its figures are to be collected then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    return subprocess.run([*TRAIN, *overrides], env=environment, check=False).returncode
+
+
+def collect(stage: str, folder: Path, path: Path) -> list[dict[str, Any]]:
+    """Figures of the runs that have ended, and of those before them that this machine does not hold."""
+    found = {}
+    if path.exists():
+        found = {_key(record): record for record in json.loads(path.read_text())["runs"]}
+    for file in folder.glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        if summary["status"] == "ok":
+            record = _record(summary, file.with_name("metrics.csv"))
+            found[_key(record)] = record
+        elif summary["status"] == "failed":
+            print(f"{file.parent} failed: {summary['error']}", file=sys.stderr)
+    runs = [found[key] for key in sorted(found)]
+    if runs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(record) for record in runs)
+        head = json.dumps({"stage": stage, "device": _device()})[:-1]
+        path.write_text(f'{head}, "runs": [\n{lines}\n]}}\n')
+    return runs
+
+
+def _record(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
+    config = summary["config"]
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    curves = {"step": [int(row["step"]) + 1 for row in rows]}
+    curves |= {key: [round(float(row[key]), 4) if row[key] else None for row in rows] for key in CURVES}
+    return {
+        "data": config["data"]["name"],
+        "arm": config["arm"],
+        "seed": summary["seed"],
+        "split": config["split"],
+        "lr": config["optimizer"]["lr"],
+        "weight_decay": config["optimizer"]["weight_decay"],
+        "steps": curves["step"][-1],
+        "batch_size": config["data"]["batch_size"],
+        "objective": {key: value for key, value in config["objective"].items() if key != "_target_"},
+        "balance": _plain(config["balance"]),
+        "seconds": summary["seconds"],
+        "versions": summary["versions"],
+        "values": {key: round(value, 6) for key, value in summary.items() if key.startswith("evaluation/")},
+        "curves": curves,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A configuration with the last part of its classes' names alone."""
+    if not isinstance(value, dict):
+        return value
+    return {key: x.rpartition(".")[2] if key == "_target_" else _plain(x) for key, x in value.items()}
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("data", "arm", "lr", "weight_decay", "seed"))
+
+
+def _device() -> str:
+    import torch  # takes a second
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores"
+
+
+def choose() -> None:
+    """Write the learning rate and weight decay that were best on validation."""
+    scores: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in json.loads((RESULTS / "search.json").read_text())["runs"]:
+        scores[record["arm"]][record["lr"], record["weight_decay"]].append(record["values"][METRIC])
+    lines = ["# @package _global_", "# Learning rate and weight decay of each arm, by `study.py choose`", "tuned:"]
+    for arm, found in sorted(scores.items()):
+        rate, decay = max(found, key=lambda pair: fmean(found[pair]))
+        lines.append(f"  {arm}: {{lr: {rate:g}, weight_decay: {decay:g}}}")
+    path = HERE / "conf" / "tuned" / "chosen.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    print(path.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "choose"])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="for a try: runs and figures go there")
+    parser.add_argument("extra", nargs="*", help="overrides of adadim-train")
+    arguments = parser.parse_intermixed_args()
+    if arguments.stage == "choose":
+        choose()
+        return
+    folder = arguments.folder or Path("runs/accuracy") / arguments.stage
+    code = run(arguments.stage, folder.resolve(), arguments.jobs, arguments.extra)
+    path = (folder if arguments.folder else RESULTS) / f"{arguments.stage}.json"
+    runs = collect(arguments.stage, folder, path)
+    print(f"{len(runs)} runs are in {path}")
+    if runs and folder.exists():
+        subprocess.run([*REPORT, str(folder), "--metric", METRIC], check=False)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

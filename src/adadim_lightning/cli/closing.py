@@ -1,0 +1,70 @@
+"""The evaluation that closes a run: frozen backbones on held-out images."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from adadim_lightning.cli.summary import Figures
+from adadim_lightning.data import ImageData, ImageSet
+from adadim_lightning.evaluation import embed, few_shot_accuracy, knn_accuracy, linear_accuracies
+from adadim_lightning.functional._numeric import check_integer
+
+BACKBONES = ("raw", "untrained", "trained")
+PROBES = ("linear", "knn", "few_shot")
+FEW_SHOT = (0.01, 0.1)
+MOST_RAW_PIXELS = 1024
+
+
+def check_evaluation(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the settings ``evaluation`` name what there is."""
+    for key, known in (("of", BACKBONES), ("probes", PROBES)):
+        unknown = [x for x in settings.get(key) or () if x not in known]
+        if unknown:
+            raise ValueError(f"evaluation.{key} has no option {unknown[0]!r}; there are {', '.join(known)}")
+    check_integer("evaluation.images", settings.get("images"), low=2)
+
+
+def evaluate_backbones(
+    backbones: Mapping[str, nn.Module], data: ImageData, settings: Mapping[str, Any] | None
+) -> Figures:
+    """Accuracies of frozen backbones on held-out images.
+
+    Args:
+        backbones: by name, ``raw``, ``untrained`` and ``trained``; raw pixels of images with more than 1,024 are
+            left out.
+        data: labeled images; of others, or of streams, nothing is measured.
+        settings: of the key ``evaluation``: ``of``, ``probes``, ``images``; None measures nothing.
+
+    Returns:
+        Shares in ``[0, 1]`` by log name.
+    """
+    if settings is None or not data.is_labeled or not isinstance(data.train, ImageSet) or data.test is None:
+        return {}
+    splits = [_some_labeled(images, settings["images"]) for images in (data.train, data.test)]
+    found: Figures = {}
+    for name in settings["of"]:
+        if name == "raw" and math.prod(data.image_shape) > MOST_RAW_PIXELS:
+            continue
+        train, test = (embed(backbones[name], data.loader(x), data.views.clean) for x in splits)
+        if "linear" in settings["probes"]:
+            linear = linear_accuracies(train, test)
+            found[f"evaluation/{name}_linear_top1"] = linear.top1
+            found[f"evaluation/{name}_linear_balanced"] = linear.balanced
+        if "knn" in settings["probes"]:
+            found[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
+        if "few_shot" in settings["probes"]:
+            for share in FEW_SHOT:
+                mean, _ = few_shot_accuracy(train, test, share)
+                found[f"evaluation/{name}_few_shot_{100 * share:g}pct_top1"] = mean
+    return found
+
+
+def _some_labeled(images: ImageSet, most: int) -> ImageSet:
+    """The images that have a label; of many, a fixed random part."""
+    labeled = (images.labels >= 0).nonzero().flatten()
+    if len(labeled) > most:
+        labeled = labeled[torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))[:most]]
+    return images if len(labeled) == len(images) else images.subset(labeled.sort().values.tolist())
