@@ -3,16 +3,19 @@
 Run it by ``uv run python benchmarks/accuracy/results.py``.
 """
 
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from adadim_lightning.report.dynamics import BLUE, GREY, ORANGE
+from adadim_lightning.report.dynamics import BLUE, GREEN, GREY, ORANGE
 from adadim_lightning.report.statistics import Difference, digits, paired_difference, spread
 from adadim_lightning.report.style import style_of
 
@@ -169,7 +172,203 @@ def draw_gains(runs: Sequence[Run]) -> Figure:
 
 
 def mean_curve(runs: Sequence[Run], data: str, arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds of a logged value, and the steps of its readings."""
+    """Steps of the readings of a logged value, and its mean over seeds."""
     curves = [x["curves"] for x in runs if x["data"] == data and x["arm"] == arm]
-    rows = np.array([curve[key] for curve in curves], dtype=float)
-    return np.array(curves[0]["step"]), rows.mean(axis=0)
+    return np.array(curves[0]["step"]), np.array([curve[key] for curve in curves], dtype=float).mean(axis=0)
+
+
+H_R, I_RZ = "dynamics/H_R", "dynamics/I_RZ"
+EARLY, LATE = 1 / 3, 2 / 3  # of the steps
+
+
+def changes(runs: Sequence[Run], data: str, arm: str) -> dict[str, float]:
+    """By how much H(R) and I(R;Z) move from the first reading to a third of the steps, and over the last third."""
+    found = {}
+    for name, key in (("H", H_R), ("I", I_RZ)):
+        step, value = mean_curve(runs, data, arm, key)
+        early, late = (float(np.interp(share * step[-1], step, value)) for share in (EARLY, LATE))
+        found |= {f"{name}_early": early - value[0], f"{name}_late": value[-1] - late}
+    return found
+
+
+def rise_together(runs: Sequence[Run], data: str) -> bool:
+    """Claim (a): under decorrelation H(R) and I(R;Z) both rise early."""
+    found = changes(runs, data, "vicreg")
+    return found["H_early"] > 0 and found["I_early"] > 0
+
+
+def flattens(runs: Sequence[Run], data: str) -> bool:
+    """Claim (b): under uniformity I(R;Z) falls late, or rises by less than a tenth of its early change."""
+    found = changes(runs, data, "simclr")
+    return found["I_late"] < 0.1 * abs(found["I_early"])
+
+
+def places(runs: Sequence[Run], data: str) -> dict[str, tuple[int, int]]:
+    """Place of the most accurate arm by H(R) and by I(R;Z), 1 being the highest, and the number of arms."""
+    arms = [arm for arm in _present(runs, "arm") if values(runs, data, arm)]
+    best = max(arms, key=lambda arm: fmean(x for _, x in values(runs, data, arm)))
+    found = {}
+    for name, key in (("H", H_R), ("I", I_RZ)):
+        ends = {arm: mean_curve(runs, data, arm, key)[1][-1] for arm in arms}
+        found[name] = (1 + sum(end > ends[best] for end in ends.values()), len(arms))
+    return found
+
+
+def neither_extreme(runs: Sequence[Run], data: str) -> bool:
+    """Claim (c): the most accurate arm has neither the highest nor the lowest H(R) and I(R;Z)."""
+    return all(1 < place < count for place, count in places(runs, data).values())
+
+
+def draw_dynamics(runs: Sequence[Run]) -> Figure:
+    """H(R) and I(R;Z) over the steps under decorrelation, uniformity and AdaDim, and where the arms end."""
+    sets = [x for x in _present(runs, "data", list(DATA)) if values(runs, x, SHIPPED)]
+    figure = Figure(figsize=(3.1 * len(sets), 7.4), layout="constrained")
+    panels = figure.subplots(3, len(sets), squeeze=False)
+    shown = {"vicreg": (ORANGE, "--"), "simclr": (GREEN, ":"), SHIPPED: (BLUE, "-")}
+    for column, data in enumerate(sets):
+        for row, (key, label) in enumerate(((H_R, "H(R) [nats]"), (I_RZ, "I(R;Z) [nats]"))):
+            axes = panels[row, column]
+            for arm, (color, line) in shown.items():
+                axes.plot(*mean_curve(runs, data, arm, key), color=color, linestyle=line)
+            axes.set_xlabel("step", fontsize=9)
+            axes.set_ylabel(label if column == 0 else "", fontsize=9)
+        panels[0, column].set_title(DATA[data], loc="left", fontsize=10, fontweight="bold")
+        axes = panels[2, column]
+        arms = [arm for arm in _present(runs, "arm") if values(runs, data, arm)]
+        ends = [[mean_curve(runs, data, arm, key)[1][-1] for key in (H_R, I_RZ)] for arm in arms]
+        accuracy = [fmean(x for _, x in values(runs, data, arm)) for arm in arms]
+        points = axes.scatter(*zip(*ends, strict=True), c=accuracy, cmap="viridis", s=36, edgecolor="white")
+        best = ends[accuracy.index(max(accuracy))]
+        axes.plot(*best, "o", color="none", markeredgecolor="black", markersize=12)
+        axes.set_xlabel("H(R) at the end", fontsize=9)
+        axes.set_ylabel("I(R;Z) at the end" if column == 0 else "", fontsize=9)
+        figure.colorbar(points, ax=axes, location="bottom", label="accuracy [%]", aspect=30)
+    for axes in panels.flat:
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+    handles = [
+        panels[0, 0].plot([], [], color=color, linestyle=line, label=_name(arm).strip("*"))[0]
+        for arm, (color, line) in shown.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _dynamics(runs: Sequence[Run]) -> str:
+    sets = [x for x in _present(runs, "data", list(DATA)) if values(runs, x, SHIPPED)]
+    lines = [
+        "| | (a) VICReg, early: change of H(R), I(R;Z) | holds | (b) SimCLR: change of I(R;Z) early, late "
+        "| holds | (c) place of the best arm by H(R), I(R;Z) | holds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for data in sets:
+        a, b, c = changes(runs, data, "vicreg"), changes(runs, data, "simclr"), places(runs, data)
+        cells = [
+            f"{a['H_early']:+.2f}, {a['I_early']:+.2f}",
+            f"{b['I_early']:+.2f}, {b['I_late']:+.2f}",
+            ", ".join(f"{place} of {count}" for place, count in c.values()),
+        ]
+        verdicts = ["yes" if claim(runs, data) else "no" for claim in (rise_together, flattens, neither_extreme)]
+        pairs = " | ".join(x for pair in zip(cells, verdicts, strict=True) for x in pair)
+        lines.append(f"| {DATA[data]} | {pairs} |")
+    return "\n".join(lines)
+
+
+def _module(name: str) -> ModuleType:
+    """A benchmark script beside this folder."""
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _protocol(runs: Sequence[Run]) -> str:
+    one, seconds = runs[0], fmean(x["seconds"] for x in runs)
+    seeds = ", ".join(str(x) for x in sorted({x["seed"] for x in runs}))
+    versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("python", "torch", "lightning"))
+    return (
+        f"{one['steps']} steps of {one['batch_size']} images for every arm, with the same augmentations, "
+        f"backbone, head, optimizer and schedule; seeds {seeds}; {seconds:.0f} s a run ({versions})."
+    )
+
+
+FINAL = """
+Accuracy of a linear probe on the test images, in percent, balanced over the classes: mean ± standard deviation
+over seeds. The last row is paired by seed, with its 95 % interval; it is bold where that leaves out zero.
+
+{table}
+
+![gain over the better of SimCLR and VICReg on each data set](images/results.png)
+
+{protocol} `uv run python benchmarks/accuracy/study.py final` trains them; the figures of each run are in
+[final.json](../benchmarks/results/accuracy/final.json).
+
+## Other probes
+
+{probes}
+"""
+EXPLORED = """
+## All arms, on validation images
+
+Gain over the better of SimCLR and VICReg, paired by seed, with its 95 % interval. Everything was chosen on these;
+the test images were looked at once, after that.
+
+{table}
+
+{protocol} `uv run python benchmarks/accuracy/study.py explore` trains them;
+[explore.json](../benchmarks/results/accuracy/explore.json) has the figures, and
+[benchmarks/accuracy/conf/arm](../benchmarks/accuracy/conf/arm) what each arm is.
+
+## The dynamics
+
+Three claims of the paper, on these runs: (a) under decorrelation H(R) and I(R;Z) rise together early; (b) under
+uniformity I(R;Z) levels off or falls late; (c) the most accurate arm is at neither extreme. Early is up to a
+third of the steps, late is the last third.
+
+{dynamics}
+
+![H(R) and I(R;Z) over the steps, and where the arms end](images/results_dynamics.png)
+"""
+NO_GPU = """
+All of CIFAR-10 with ResNet-18 in mixed precision: `benchmarks/gpu/run.sh` prepares, trains, evaluates and writes
+the figures in pieces of a few minutes. It has not run on a GPU yet, only at toy size on a CPU, in the tests.
+"""
+
+
+def page() -> tuple[str, dict[str, Figure]]:
+    """The text of docs/results.md, and its pictures by name."""
+    final, explored, gpu = load("final"), load("explore"), load("gpu")
+    parts, pictures = ["# Results"], {}
+    if final:
+        pictures["results"] = draw_gains(final)
+        others = {metric: name for metric, name in FIGURES.items() if metric != BALANCED}
+        probes = "\n\n".join(f"**{name}**\n\n{table(final, metric)}" for metric, name in others.items())
+        parts.append(FINAL.format(table=table(final), protocol=_protocol(final), probes=probes))
+    if explored:
+        pictures["results_dynamics"] = draw_dynamics(explored)
+        found = {"table": table_of_gains(explored), "dynamics": _dynamics(explored)}
+        parts.append(EXPLORED.format(protocol=_protocol(explored), **found))
+    parts.append("## One GPU\n\n" + (f"{table(gpu)}\n\n{_protocol(gpu)}" if gpu else NO_GPU.strip()))
+    for name in ("estimator_study", "cost"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            module, measured = _module(name), json.loads(path.read_text())
+            parts.append(module.markdown(measured))
+            pictures |= module.pictures(measured)
+    return "\n\n".join(part.strip() for part in parts) + "\n", pictures
+
+
+def main() -> None:
+    text, pictures = page()
+    (DOCS / "results.md").write_text(text)
+    for name, figure in pictures.items():
+        figure.savefig(DOCS / "images" / f"{name}.png", dpi=100)
+    print(f"wrote {DOCS / 'results.md'} and {', '.join(pictures)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,7 @@ def run(stage: str, folder: Path, jobs: int, extra: list[str]) -> int:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Whoever tells a group of processes to stop tells the training, too; its figures are to be collected then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
     return subprocess.run([*TRAIN, *overrides], env=environment, check=False).returncode
 
 
@@ -171,11 +171,16 @@ def choose() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "choose"])
+    parser.add_argument("stage", choices=[*STAGES, "choose", "results"])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="for a try: runs and figures go there")
     parser.add_argument("extra", nargs="*", help="overrides of adadim-train")
     arguments = parser.parse_intermixed_args()
+    if arguments.stage == "results":
+        import results
+
+        results.main()
+        return
     if arguments.stage == "choose":
         choose()
         return

@@ -319,8 +319,9 @@ class Run:
     def evaluate(self) -> None:
         """Score the frozen backbone on the held-out images."""
         assert self.trainer is not None
-        device = self.trainer.strategy.root_device
-        backbones = {"raw": nn.Flatten(), "untrained": self.untrained.to(device), "trained": self.backbone.to(device)}
+        backbones = {"raw": nn.Flatten(), "untrained": self.untrained, "trained": self.backbone}
+        for backbone in backbones.values():
+            backbone.to(self.trainer.strategy.root_device)
         self.evaluation = evaluate_backbones(backbones, self.eval_data, self.config.get("evaluation"))
         for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
             logger.log_metrics(self.evaluation, step=self.trainer.global_step)

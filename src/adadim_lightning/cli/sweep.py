@@ -29,9 +29,19 @@ def job_key(overrides: Iterable[str]) -> Key:
     """What tells the job of a sweep from all others: its overrides, in any order."""
     return frozenset(
         override
-        for override in overrides
+        for override in without_null(overrides)
         if (name := override.lstrip("+~").partition("=")[0]) not in NOT_THE_JOB and not name.startswith("hydra")
     )
+
+
+def without_null(overrides: Iterable[str]) -> list[str]:
+    """Deletions as they were given: Hydra's sweepers make ``~key=null`` of ``~key``, which Hydra 1.4 refuses.
+
+    Example:
+        >>> without_null(["~callbacks.knn=null", "seed=null"])
+        ['~callbacks.knn', 'seed=null']
+    """
+    return [re.sub(r"^(~[^=]+)=null$", r"\1", override) for override in overrides]
 
 
 def wants_resume(config: DictConfig) -> bool:
@@ -142,7 +152,7 @@ class SweepLauncher(Launcher):
         results: list[JobReturn | None] = []
         waiting: list[list[str]] = []
         for i, overrides in enumerate(job_overrides):
-            folder, overrides = self.sweep.place(overrides, initial_job_idx + i)
+            folder, overrides = self.sweep.place(without_null(overrides), initial_job_idx + i)
             results.append(_done(folder, overrides))
             if results[-1] is None:
                 waiting.append(overrides)
@@ -193,6 +203,9 @@ def sweeping() -> Iterator[list[Sweep]]:
     ) -> Launcher:
         sweep = Sweep(config)
         sweeps.append(sweep)
+        loader: Any = hydra_context.config_loader
+        load = loader.load_sweep_config
+        loader.load_sweep_config = lambda master, overrides: load(master, without_null(overrides))
         return SweepLauncher(make_launcher(self, hydra_context, task_function, config), sweep)
 
     def instantiate_sweeper(
