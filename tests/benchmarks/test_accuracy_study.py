@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
@@ -45,14 +45,12 @@ def study_data() -> Any:
 ARMS = sorted(path.stem for path in (STUDY / "conf" / "arm").glob("*.yaml"))
 
 
-def composed(*overrides: str) -> DictConfig:
+@cache
+def composed(arm: str) -> DictConfig:
     """What the study trains, by adadim-train's configuration and its own."""
+    overrides = ["experiment=accuracy", f"+arm={arm}", "data=study_cifar10"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose(
-            "train", [f"hydra.searchpath=[file://{STUDY / 'conf'}]", *overrides], return_hydra_config=True
-        )
-    HydraConfig.instance().set_config(config)
-    return config
+        return compose("train", [f"hydra.searchpath=[file://{STUDY / 'conf'}]", *overrides])
 
 
 def measured(er_z: float) -> Statistics:
@@ -90,7 +88,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_arm_is_what_its_name_says(arm: str) -> None:
-    config = composed("experiment=accuracy", f"+arm={arm}", "data=study_digits")
+    config = composed(arm)
     assert config.arm == arm
     assert config.optimizer.lr == config.tuned[arm].lr
     balance = instantiate(config.balance, _convert_="all")
@@ -109,7 +107,7 @@ def test_each_arm_is_what_its_name_says(arm: str) -> None:
 def test_all_arms_share_model_steps_batch_and_evaluation() -> None:
     settings = []
     for arm in ARMS:
-        config = composed("experiment=accuracy", f"+arm={arm}", "data=study_cifar10")
+        config = composed(arm)
         keys = ("backbone", "head", "trainer", "views", "data", "lr_schedule", "evaluation", "lr_scaling")
         settings.append({key: config[key] for key in keys})
     assert all(found == settings[0] for found in settings)

@@ -14,7 +14,7 @@ from adadim_lightning.functional import (
     variance_loss,
     vicreg_loss,
 )
-from adadim_lightning.functional.decorrelation import Reduction, _vicreg_parts
+from adadim_lightning.functional.decorrelation import Reduction, _barlow_twins_parts, _vicreg_parts
 
 shapes = pytest.mark.parametrize("shape", [(2, 3), (6, 20), (20, 6), (12, 12), (13, 12)])
 halved_and_not = pytest.mark.parametrize("halve_variance", [True, False])
@@ -190,6 +190,16 @@ def test_the_covariance_part_is_never_negative(shape: tuple[int, int]) -> None:
         z[:, 0] = scale * torch.randn(len(z))
         assert covariance_loss(z).item() == pytest.approx(0, abs=1e-6 * scale.item() ** 4)
         assert covariance_loss(z).item() >= 0
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (8, 40)])
+def test_the_redundancy_of_a_single_dimension_is_0_and_never_negative(shape: tuple[int, int]) -> None:
+    for scale in torch.logspace(-3, 3, 50):
+        z = torch.zeros(shape)
+        z[:, 0] = scale * torch.randn(len(z))
+        redundancy = _barlow_twins_parts(z, z).redundancy.item()
+        assert redundancy == pytest.approx(0, abs=1e-5)
+        assert redundancy >= 0
 
 
 def test_a_collapsed_view_has_the_largest_variance_part_and_a_finite_gradient() -> None:

@@ -80,6 +80,7 @@ EQUIVALENT = {
     "contrastive._nt_xent_of_gram: gram.diagonal(-n) -> gram.diagonal(n)": SYMMETRIC,
     "contrastive._nt_xent_of_gram: dim=1 -> dim=0": SYMMETRIC,
     "decorrelation._off_diagonal: n < d -> n <= d": ROUNDING,
+    "decorrelation._barlow_twins_parts: n < d -> n <= d": ROUNDING,
     "hypersphere.alignment: with no_autocast": WIDE,
     "alpha_req.alpha_req: 1 / rank -> 2 / rank": "a common factor of all weights cancels",
     "neighbors.knn_predict: int(bank_labels.max()) + 1 -> int(bank_labels.max()) + 2": "no vote is for it",

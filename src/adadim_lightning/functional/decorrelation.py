@@ -206,7 +206,7 @@ class BarlowTwinsParts(NamedTuple):
 def _barlow_twins_parts(z1: Tensor, z2: Tensor) -> BarlowTwinsParts:
     """The parts of :func:`barlow_twins_loss`, from whichever product of matrices is smaller."""
     n, d = z1.shape
-    dtype = torch.promote_types(full_precision(z1).dtype, z2.dtype)
+    dtype = torch.promote_types(z1.dtype, z2.dtype)
     with no_autocast(z1):
         # Batch normalization as the authors have it: biased variance, and an epsilon for constant dimensions.
         x1, x2 = (
