@@ -205,7 +205,12 @@ def sweeping() -> Iterator[list[Sweep]]:
         sweeps.append(sweep)
         loader: Any = hydra_context.config_loader
         load = loader.load_sweep_config
-        loader.load_sweep_config = lambda master, overrides: load(master, without_null(overrides))
+
+        def load_sweep_config(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+            found: DictConfig = load(master_config, without_null(sweep_overrides))
+            return found
+
+        loader.load_sweep_config = load_sweep_config
         return SweepLauncher(make_launcher(self, hydra_context, task_function, config), sweep)
 
     def instantiate_sweeper(
