@@ -17,7 +17,6 @@ import torch
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
-from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.cli.app import config_dir
 from adadim_lightning.cli.train import main
 
@@ -305,22 +304,27 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+CUT = """
+from adadim_lightning.callbacks import RunCheckpoints
+from adadim_lightning.cli.train import main
+
+def end_after_second_epoch(checkpoints, trainer, signals):
+    if trainer.current_epoch == 1:
+        raise SystemExit(5)
+
+RunCheckpoints._hand_on = end_after_second_epoch
+main()
+"""
+
+
 def test_the_row_of_an_epoch_that_was_stopped_between_its_checkpoint_and_its_log_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Slurm's signal does it, which ends the run once the checkpoint is there; the trainer logs after that."""
     few = [*ONE_STEP[1:], "trainer.max_epochs=3"]
     assert run(monkeypatch, tmp_path / "whole", *few) == 0
-    ends = []
-
-    def end_first_epoch(checkpoints: RunCheckpoints, trainer: Any, signals: set[int]) -> None:
-        ends.append(trainer.current_epoch)
-        if ends == [0, 1]:
-            raise SystemExit(5)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoints, "_hand_on", end_first_epoch)
-        assert run(monkeypatch, tmp_path / "cut", *few) != 0
+    cut = subprocess.run([sys.executable, "-c", CUT, *few, f"run_dir={tmp_path / 'cut'}"], check=False)
+    assert cut.returncode == 130
     assert run(monkeypatch, tmp_path / "cut", *few, "resume=true") == 0
     tables = []
     for name in ("whole", "cut"):
