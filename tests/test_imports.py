@@ -13,7 +13,7 @@ def run_python(code: str) -> str:
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("train", "objective: adadim, adadim_paper, simclr, vicreg"),
+        ("train", "objective: adadim, adadim_paper, barlow_twins, simclr, vicreg"),
         ("evaluate", "adadim-evaluate ckpt="),
         ("embed", "adadim-embed ckpt="),
         ("export", "torch_export"),

@@ -24,7 +24,8 @@ ask() {
 }
 """
 QUESTIONS = {
-    "objective=": "objective=adadim objective=adadim_paper objective=simclr objective=vicreg",
+    "objective=": "objective=adadim objective=adadim_paper objective=barlow_twins objective=simclr "
+    "objective=vicreg",
     "objective=ad": "objective=adadim objective=adadim_paper",
     "balance.al": "balance.alpha.",
     "balance.alpha.norm": "balance.alpha.normalizer=",

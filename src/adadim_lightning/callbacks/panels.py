@@ -20,11 +20,15 @@ METRICS = (
     *("dynamics/H_R", "dynamics/ER_R", "dynamics/ER_Z", "dynamics/I_RZ", "dynamics/log_n"),
     *("balance/alpha", "balance/beta"),
     *(f"loss/{part}" for part in ("total", "native", "decorrelation", "uniformity", "information")),
-    *(f"loss/{part}" for part in ("invariance", "variance", "covariance")),
+    *(f"loss/{part}" for part in ("invariance", "variance", "covariance", "redundancy")),
     *(f"loss_weighted/{part}" for part in ("native", "decorrelation", "uniformity", "information")),
     *("probe/linear_top1", "probe/knn_top1", "throughput/images_per_second"),
     *("spectra/R", "spectra/Z", "pictures/views", "pictures/dynamics"),
-    *(f"evaluation/{of}_{probe}_top1" for of in ("raw", "untrained", "trained") for probe in ("linear", "knn")),
+    *(
+        f"evaluation/{of}_{probe}"
+        for of in ("raw", "untrained", "trained")
+        for probe in ("linear_top1", "linear_balanced", "knn_top1", "few_shot_1pct_top1", "few_shot_10pct_top1")
+    ),
 )
 SECTIONS = {name.partition("/")[0] for name in METRICS}
 BEST = {"loss/total": "min,last", "probe/linear_top1": "max,last", "probe/knn_top1": "max,last"}
