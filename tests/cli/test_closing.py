@@ -65,6 +65,8 @@ def test_no_more_images_are_seen_than_allowed(data: ImageData) -> None:
     [
         ({"of": ["best"]}, "evaluation.of has no option 'best'; there are raw, untrained, trained"),
         ({"probes": ["svm"]}, "evaluation.probes has no option 'svm'; there are linear, knn, few_shot"),
+        ({"of": None}, r"evaluation.of must be a list such as \[raw, untrained, trained\], got None"),
+        ({"probes": "knn"}, r"evaluation.probes must be a list such as \[linear, knn, few_shot\], got 'knn'"),
         ({"images": 1}, "evaluation.images must be an integer >= 2"),
         ({"images": None}, "evaluation.images must be an integer >= 2"),
     ],
@@ -74,6 +76,12 @@ def test_a_setting_that_there_is_not_is_named(change: dict[str, object], cause: 
     check_evaluation(SETTINGS)
     with pytest.raises(ValueError, match=cause):
         check_evaluation({**SETTINGS, **change})
+
+
+@pytest.mark.parametrize("settings", [5, "off", True, ["knn"]])
+def test_settings_that_are_none_are_named(settings: object) -> None:
+    with pytest.raises(ValueError, match="evaluation must be null or have the keys of, probes and images"):
+        check_evaluation(settings)
 
 
 def test_a_run_measures_and_prints_what_its_configuration_says(

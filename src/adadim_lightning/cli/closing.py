@@ -1,7 +1,7 @@
 """The evaluation that closes a run: frozen backbones on held-out images."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,20 @@ from adadim_lightning.functional._numeric import check_integer
 
 BACKBONES = ("raw", "untrained", "trained")
 PROBES = ("linear", "knn", "few_shot")
-FEW_SHOT = (0.01, 0.1)
+FEW_SHOT = "few_shot_{:g}pct_top1"
+SHARES = (0.01, 0.1)  # of the labels
 MOST_RAW_PIXELS = 1024
 
 
-def check_evaluation(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the settings ``evaluation`` name what there is."""
+def check_evaluation(settings: Any) -> None:
+    """Raise ValueError unless the settings ``evaluation`` say what there is."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"evaluation must be null or have the keys of, probes and images, got {settings!r}")
     for key, known in (("of", BACKBONES), ("probes", PROBES)):
-        unknown = [x for x in settings.get(key) or () if x not in known]
+        chosen = settings.get(key)
+        if not isinstance(chosen, Sequence) or isinstance(chosen, str):
+            raise ValueError(f"evaluation.{key} must be a list such as [{', '.join(known)}], got {chosen!r}")
+        unknown = [x for x in chosen if x not in known]
         if unknown:
             raise ValueError(f"evaluation.{key} has no option {unknown[0]!r}; there are {', '.join(known)}")
     check_integer("evaluation.images", settings.get("images"), low=2)
@@ -56,9 +62,9 @@ def evaluate_backbones(
         if "knn" in settings["probes"]:
             found[f"evaluation/{name}_knn_top1"] = knn_accuracy(train, test)
         if "few_shot" in settings["probes"]:
-            for share in FEW_SHOT:
+            for share in SHARES:
                 mean, _ = few_shot_accuracy(train, test, share)
-                found[f"evaluation/{name}_few_shot_{100 * share:g}pct_top1"] = mean
+                found[f"evaluation/{name}_{FEW_SHOT.format(100 * share)}"] = mean
     return found
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from adadim_lightning.cli.app import nearest
 from adadim_lightning.cli.build import Subject, find_checkpoints, say, subjects
+from adadim_lightning.cli.closing import FEW_SHOT
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageFiles, ImageSet
 from adadim_lightning.evaluation import (
@@ -42,7 +43,6 @@ PROBES = ("linear", "knn", "few_shot", "label_free")
 # Rows times dimensions times classes for which a logistic regression takes a minute or so.
 MOST_FOR_LOGISTIC = 3e8
 VIEWS_AT_ONCE = 512
-FEW_SHOT = "few_shot_{:g}pct_top1"
 GROUPS = {
     "Linear probe": {
         "linear_top1": "logistic regression",
