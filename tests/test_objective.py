@@ -278,6 +278,38 @@ def test_the_state_dict_carries_alpha_beta_and_kappa() -> None:
     assert torch.equal(new.kappa, old.kappa)
 
 
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5), (0.5, 0.0)])
+def test_a_part_that_counts_nothing_takes_no_time_in_backward(alpha: float, gamma: float) -> None:
+    def nodes(loss: Tensor) -> int:
+        found, ahead = set(), [loss.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                ahead += [before for before, _ in node.next_functions]
+        return len(found)
+
+    rows = views()
+    lean, whole = AdaDimLoss(alpha=alpha, gamma=gamma), AdaDimLoss(alpha=0.5, gamma=1.0)
+    whole.alpha.fill_(alpha)
+    whole.beta.fill_(alpha * gamma)
+    ours, theirs = lean(*rows), whole(*rows)
+    assert nodes(ours.total) < 0.9 * nodes(theirs.total)
+    assert ours.parts == theirs.parts
+    for mine, reference in zip(gradients(ours.total, rows), gradients(theirs.total, rows), strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_a_loss_goes_on_with_the_balance_of_a_state_dict() -> None:
+    rows = views()
+    halfway, loss = AdaDimLoss(alpha=0.5, gamma=1.0), AdaDimLoss(alpha=1.0, gamma=0.0)
+    loss.load_state_dict(halfway.state_dict())
+    for mine, reference in zip(
+        gradients(loss(*rows).total, rows), gradients(halfway(*rows).total, rows), strict=True
+    ):
+        assert torch.equal(mine, reference)
+
+
 def test_eps_reaches_the_variance_part() -> None:
     r, z = torch.randn(4, 8, 3), 0.1 * torch.randn(4, 8, 5)
     loss = AdaDimLoss(alpha=0.0, gamma=0.0, eps=0.5)(r[0], r[1], z[0], z[1]).total

@@ -149,6 +149,7 @@ class AdaDimLoss(nn.Module):
         # Running norms at Z of the gradients of decorrelation and uniformity, for kappa="match".
         self.register_buffer("gradient_norms", torch.zeros(2))
         self.set_balance(alpha)
+        self.register_load_state_dict_post_hook(lambda loss, _: loss._find_idle())
 
     def set_balance(self, alpha: float, phase: float | None = None) -> None:
         """Set alpha, and beta = gamma * phase; forces no device sync.
@@ -165,6 +166,12 @@ class AdaDimLoss(nn.Module):
         check_number("the phase of beta", phase)
         self.alpha.fill_(alpha)
         self.beta.fill_(self.gamma * phase)
+        self._idle = _zero(decorrelation=1 - alpha, uniformity=alpha, information=self.gamma * phase)
+
+    def _find_idle(self) -> None:
+        """After alpha and beta came from elsewhere."""
+        alpha, beta = self.alpha.item(), self.beta.item()
+        self._idle = _zero(decorrelation=1 - alpha, uniformity=alpha, information=beta)
 
     def forward(self, r1: Tensor, r2: Tensor, z1: Tensor, z2: Tensor) -> ObjectiveOutput:
         """Compute the objective of two views of N images.
@@ -206,6 +213,12 @@ class AdaDimLoss(nn.Module):
         Raises:
             ValueError: views that differ in shape, or fewer than 2 images.
         """
+        # What counts nothing is measured, but not differentiated, which takes twice as long again.
+        idle = self._idle - ({"decorrelation", "uniformity"} if self.match_gradients else set())
+
+        def wanted(*names: str) -> torch.set_grad_enabled:
+            return torch.set_grad_enabled(torch.is_grad_enabled() and not idle.issuperset(names))
+
         check_views(r1, r2, ("r1", "r2"))
         check_views(z1, z2)
         if len(r1) != len(z1):
@@ -215,12 +228,18 @@ class AdaDimLoss(nn.Module):
             r1, r2, z1, z2 = gather_rows(*(x.to(dtype) for x in (r1, r2, z1, z2)))
             parts: dict[str, Tensor] = {}
             if decorrelation is None:
-                parts = self._decorrelation_parts(z1, z2)
-                decorrelation = sum((self.weights[name] * part for name, part in parts.items()), z1.new_zeros(()))
-            gram_z = cosine_gram(torch.cat([z1, z2]))
+                with wanted("decorrelation"):
+                    parts = self._decorrelation_parts(z1, z2)
+                    decorrelation = sum(
+                        (self.weights[name] * part for name, part in parts.items()), z1.new_zeros(())
+                    )
+            with wanted("information", *(["uniformity"] if uniformity is None else [])):
+                gram_z = cosine_gram(torch.cat([z1, z2]))
             if uniformity is None:
-                uniformity = _nt_xent_of_gram(gram_z, self.temperature)
-            information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
+                with wanted("uniformity"):
+                    uniformity = _nt_xent_of_gram(gram_z, self.temperature)
+            with wanted("information"):
+                information = _renyi_information(cosine_gram(torch.cat([r1, r2])), gram_z, self.order)
         return parts | {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
 
     def _decorrelation_parts(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
@@ -286,3 +305,7 @@ class AdaDimLoss(nn.Module):
         self.gradient_norms.lerp_(norms.to(self.gradient_norms.dtype), 0.1)
         tiny = torch.finfo(self.gradient_norms.dtype).tiny
         self.kappa.copy_(self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny))
+
+
+def _zero(**weights: float) -> frozenset[str]:
+    return frozenset(name for name, weight in weights.items() if weight == 0)
