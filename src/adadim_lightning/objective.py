@@ -79,7 +79,7 @@ class AdaDimLoss(nn.Module):
             decorrelation; or anything that is not a finite number.
 
     Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. ``kappa=1``, ``gamma=0.1`` and no
-    floor are the paper's form as we read it; the defaults are ours, chosen by the study in docs/results.md.
+    floor are the paper's form as we read it; the defaults are ours, chosen on validation images.
 
     Example:
         >>> loss = AdaDimLoss(alpha=0.5)
