@@ -100,7 +100,7 @@ def test_matched_kappa_compares_the_native_loss_where_it_met_z(kind: str) -> Non
     key = "native" if kind == "sample_contrastive" else "uniformity"
     torch.testing.assert_close(output.weighted[key], expected.detach())
     with pytest.raises(ValueError, match="one of them does not depend on it"):
-        steered_loss(kind, r[0].sum(), r, copies, loss, embeddings=z)
+        steered_loss(kind, r[0].sum(), r, copies, objective(kappa="match"), embeddings=z)
 
 
 class Returns(nn.Module):

@@ -157,7 +157,7 @@ class EffectiveRankSchedule:
     Args:
         normalizer: ``"dim"`` for d_Z (the paper; with fewer rows than dimensions it cannot reach 1: at most
             0.125 for a batch of 256 and d_Z = 2048), ``"min"`` for min(rows of the window, d_Z), or a number.
-        start: value before the first estimate, in ``[0, 1]``; the paper's is 0.
+        start: value before the first estimate, in ``[0, 1]``.
         alpha_min: lower cap.
         alpha_max: upper cap.
         fallback: schedule to follow instead, within the caps, while ER(Z) says nothing: below 1.5, where Z is
@@ -175,7 +175,7 @@ class EffectiveRankSchedule:
     """
 
     normalizer: Literal["dim", "min"] | float = "min"
-    start: float = 0.5
+    start: float = 0.0
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     fallback: Schedule | None = None

@@ -51,9 +51,9 @@ class AdaDimLoss(nn.Module):
         L = (1 - \alpha)\, L_\text{VICReg}(Z_1, Z_2) + \alpha \kappa\, L_\text{NT-Xent}(Z_1, Z_2)
             + \beta\, I_q(R; Z), \qquad \beta = \gamma\, \phi
 
-    with phase :math:`\phi = \alpha` unless :meth:`set_balance` says otherwise. With alpha 1 and gamma 0 this is
-    SimCLR, with alpha 0 and gamma 0 it is VICReg. The cosine Gram matrix of Z serves both NT-Xent and the
-    information. Across processes every part is computed on the global batch.
+    with phase :math:`\phi = \alpha` unless :meth:`set_balance` says otherwise. With alpha 0 and gamma 0 this is
+    VICReg, with alpha 1, gamma 0 and kappa 1 it is SimCLR. The cosine Gram matrix of Z serves both NT-Xent and
+    the information. Across processes every part is computed on the global batch.
 
     Args:
         alpha: share of uniformity to begin with, in ``[0, 1]``.
@@ -78,8 +78,9 @@ class AdaDimLoss(nn.Module):
         ValueError: alpha outside ``[0, 1]``; temperature, order, kappa or eps <= 0; a weight < 0; an unknown
             decorrelation; or anything that is not a finite number.
 
-    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. ``kappa=1``, ``gamma=0.1`` and no
-    floor are the paper's form as we read it; the defaults are ours, chosen on validation images.
+    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
+    paper's form; ``"match"`` and the floor are ours. What adadim-train ships is ``AdaDimLoss(alpha=0.5, gamma=2,
+    kappa="match", information_floor=0)``.
 
     Example:
         >>> loss = AdaDimLoss(alpha=0.5)
@@ -92,16 +93,17 @@ class AdaDimLoss(nn.Module):
     beta: Tensor
     kappa: Tensor
     gradient_norms: Tensor
+    calls: Tensor
 
     def __init__(
         self,
         *,
-        alpha: float = 0.5,
-        gamma: float = 2.0,
-        kappa: float | Literal["match"] = "match",
+        alpha: float = 0.0,
+        gamma: float = 0.1,
+        kappa: float | Literal["match"] = 1.0,
         temperature: float = 0.2,
         order: float = 2.0,
-        information_floor: float | None = 0.0,
+        information_floor: float | None = None,
         decorrelation: Decorrelation = "vicreg",
         redundancy_weight: float = 0.005,
         invariance_weight: float = 25.0,
@@ -151,9 +153,10 @@ class AdaDimLoss(nn.Module):
         self.register_buffer("kappa", torch.tensor(1.0 if kappa == "match" else float(kappa)))
         # Running norms at Z of the gradients of decorrelation and uniformity, for kappa="match".
         self.register_buffer("gradient_norms", torch.zeros(2))
-        self._calls = 0
+        self.register_buffer("calls", torch.tensor(0))
+        self._calls = 0  # the same, where it can be read without a sync
         self.set_balance(alpha)
-        self.register_load_state_dict_post_hook(lambda loss, _: loss._find_idle())
+        self.register_load_state_dict_post_hook(_read_buffers)  # type: ignore[no-untyped-call]
 
     def set_balance(self, alpha: float, phase: float | None = None) -> None:
         """Set alpha, and beta = gamma * phase; forces no device sync.
@@ -171,19 +174,6 @@ class AdaDimLoss(nn.Module):
         self.alpha.fill_(alpha)
         self.beta.fill_(self.gamma * phase)
         self._idle = _zero(decorrelation=1 - alpha, uniformity=alpha, information=self.gamma * phase)
-
-    def get_extra_state(self) -> dict[str, int]:
-        """When the gradients are compared next."""
-        return {"calls": self._calls}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on from :meth:`get_extra_state`."""
-        self._calls = state["calls"]
-
-    def _find_idle(self) -> None:
-        """After alpha and beta came from elsewhere."""
-        alpha, beta = self.alpha.item(), self.beta.item()
-        self._idle = _zero(decorrelation=1 - alpha, uniformity=alpha, information=beta)
 
     def forward(self, r1: Tensor, r2: Tensor, z1: Tensor, z2: Tensor) -> ObjectiveOutput:
         """Compute the objective of two views of N images.
@@ -281,6 +271,7 @@ class AdaDimLoss(nn.Module):
                 if self._calls % MATCH_EVERY == 0:
                     self._match_gradients(decorrelation, uniformity, embeddings)
                 self._calls += 1
+                self.calls.fill_(self._calls)
             information = parts["information"]
             if self.information_floor is not None and self.gamma > 0:
                 information = information.clamp_min(self.information_floor)
@@ -323,3 +314,10 @@ class AdaDimLoss(nn.Module):
 
 def _zero(**weights: float) -> frozenset[str]:
     return frozenset(name for name, weight in weights.items() if weight == 0)
+
+
+def _read_buffers(loss: AdaDimLoss, _: object) -> None:
+    """After they came from elsewhere."""
+    loss._calls = int(loss.calls)
+    alpha, beta = loss.alpha.item(), loss.beta.item()
+    loss._idle = _zero(decorrelation=1 - alpha, uniformity=alpha, information=beta)

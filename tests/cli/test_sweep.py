@@ -61,7 +61,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     ("option", "count", "axis"),
     [
         ("schedules", 18, "balance"),
-        ("gamma", 18, "objective.gamma"),
+        ("gamma", 21, "objective.gamma"),
         ("normalizer", 12, "balance.alpha.normalizer"),
         ("estimator", 36, "objective.order"),
     ],

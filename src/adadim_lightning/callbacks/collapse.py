@@ -37,7 +37,7 @@ ALPHA_MARGIN = 0.005  # alpha = ER / d is never 0, nor often 1
 REMEDY = {
     "rank_r": "lower the learning rate, or look at what the views leave of an image",
     "rank_z": "lower the learning rate, or raise the objective's variance_weight",
-    "information": "lower gamma: I(R;Z) has no floor, so much of it rewards a collapse",
+    "information": "lower gamma, or give I(R;Z) a floor: much of it rewards a collapse",
     "non_finite": "lower the learning rate, or set gradient_clip_val",
     "alpha": "the bound leads, not ER(Z): look at its normalizer, alpha_min and alpha_max",
 }
