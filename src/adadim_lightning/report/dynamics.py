@@ -135,6 +135,7 @@ def _plane(axes: Axes, figure: Figure, epoch: Array, history: Mapping[str, Array
         path = LineCollection(list(segments), cmap=TIME, norm=scale, linewidth=2)
         path.set_array(epoch[1:])
         axes.add_collection(path)
+        axes.plot(h, i, linestyle="none")  # so that the legend keeps clear of the path
     axes.scatter(h[:1], i[:1], marker="o", s=45, color=GREY, zorder=3, label="start")
     axes.scatter(h[-1:], i[-1:], marker="*", s=150, color=RED, zorder=3, label="end")
     axes.margins(0.08)
