@@ -76,7 +76,7 @@ class Gradients(Callback):
 
 
 def steering(kind: str, kappa: Any) -> AdaDim:
-    objective = AdaDimLoss(gamma=0.3, kappa=kappa)
+    objective = AdaDimLoss(gamma=0.3, kappa=kappa).double()  # what kappa is rounded by grows from step to step
     balance = Balance(EffectiveRankSchedule(start=0.4), every_n_steps=2, window=10_000)
     return AdaDim(native_loss=kind, objective=objective, balance=balance, window=10_000)
 
@@ -156,7 +156,7 @@ def test_two_processes_steer_somebody_elses_loss_as_one_does(
         assert together.keys() == logged.keys()
         assert together == pytest.approx(logged, rel=1e-3, abs=1e-5)
     for name, weights in one["weights"].items():
-        torch.testing.assert_close(first["weights"][name], weights, rtol=1e-3, atol=5e-5)
+        torch.testing.assert_close(first["weights"][name], weights, rtol=1e-3, atol=1e-5)
 
 
 def test_the_terms_that_are_added_change_what_is_trained() -> None:

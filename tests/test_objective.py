@@ -100,9 +100,7 @@ def test_the_weighted_parts_sum_to_the_total_and_all_parts_are_named_and_detache
 
 def test_barlow_twins_takes_the_place_of_vicreg() -> None:
     rows = views()
-    loss = AdaDimLoss(
-        alpha=0.3, gamma=0.0, kappa=1, decorrelation="barlow_twins", redundancy_weight=0.02, temperature=0.5
-    )
+    loss = AdaDimLoss(alpha=0.3, gamma=0.0, decorrelation="barlow_twins", redundancy_weight=0.02, temperature=0.5)
     output = loss(*rows)
     theirs = barlow_twins_loss(rows[2], rows[3], redundancy_weight=0.02)
     torch.testing.assert_close(output.parts["decorrelation"], theirs.detach())

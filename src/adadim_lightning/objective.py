@@ -301,7 +301,7 @@ class AdaDimLoss(nn.Module):
                     'kappa="match" needs losses of Z, but one of them does not depend on it; of a model that is '
                     "compiled as a whole, compile the submodules instead, or give AdaDimLoss(kappa=1)"
                 )
-            squares.append(torch.stack([(x.float() / _GRADIENT_SCALE).square().sum() for x in used]).sum())
+            squares.append(torch.stack([(full_precision(x) / _GRADIENT_SCALE).square().sum() for x in used]).sum())
         total = torch.stack(squares)
         if world_size() > 1:
             dist.all_reduce(total)
