@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from adadim_lightning import AdaDim, AdaDimLoss, AdaDimModule, NonFiniteError
-from adadim_lightning.guard import FiniteGuard
+from adadim_lightning.guard import FiniteGuard, Snapshot
 from tests.helpers import assert_same_weights, backbone, fit, fixed_batches, head, held_out, tiny_module, trainer
 
 BAD_STEP = 4
@@ -202,6 +202,28 @@ def test_a_step_whose_own_closure_trips_the_guard_is_undone() -> None:
     module._step_unless_tripped(lambda: optimizer.step(closure))
     assert bool(module.guard.tripped)
     assert_same_weights(module, untouched)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_a_snapshot_restores_weights_of_every_kind_and_order(condition: bool) -> None:
+    kinds = [
+        torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(5, 7),
+        torch.randn(7, 5).T,
+        torch.randn(6, 9)[:, ::2],  # with gaps
+        torch.randn(3, dtype=torch.float64),
+        torch.tensor(2.5),
+        torch.randn(0),
+        torch.randn(6)[2:5],
+    ]
+    before = [x.clone() for x in kinds]
+    snapshot = Snapshot(kinds)
+    for x in kinds:
+        x.fill_(math.nan)
+    snapshot.restore_where(torch.tensor(condition))
+    for x, old in zip(kinds, before, strict=True):
+        assert torch.equal(x, old) if condition else bool(x.isnan().all())
+        assert x.stride() == old.stride() or x.shape == (6, 5)
 
 
 def test_an_error_in_the_step_is_passed_on() -> None:

@@ -32,6 +32,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "accuracy"
 ARMS = sorted(path.stem for path in (HERE / "conf" / "arm").glob("*.yaml"))
 FINAL_ARMS = ["simclr", "vicreg", "fixed_50", "linear", "adadim_paper", "adadim"]
+SEARCHED = [*FINAL_ARMS, "barlow_twins", "adadim_barlow_twins"]
+# The arm whose search serves a variant, by the beginning of its name; the first match counts.
+FAMILIES = (
+    ("simclr_", "simclr"),
+    ("vicreg_", "vicreg"),
+    ("fixed_", "fixed_50"),
+    ("cosine", "linear"),
+    ("adadim_paper_", "adadim_paper"),
+    ("one_batch_", "adadim_paper"),
+    ("kappa_match", "adadim"),
+    ("adadim_", "adadim"),
+    ("", "adadim_paper"),  # kappa 1 and a schedule of the effective rank
+)
 # As adadim-train and adadim-report, where the package lies on the path without being installed.
 TRAIN, REPORT = (
     (sys.executable, "-c", f"from adadim_lightning.cli.{name} import main; main()") for name in ("train", "report")
@@ -44,7 +57,7 @@ STAGES: dict[str, dict[str, str]] = {
     "search": {
         "experiment": "accuracy",
         "split": "validation",
-        "+arm": ",".join(ARMS),
+        "+arm": ",".join(SEARCHED),
         "data": "study_cifar10",
         "seed": "100",
         "optimizer.lr": ",".join(map(str, RATES)),
@@ -62,7 +75,7 @@ STAGES: dict[str, dict[str, str]] = {
         "split": "test",
         "+arm": ",".join(FINAL_ARMS),
         "data": ",".join(f"study_{x}" for x in ("cifar10", "fashion_mnist", "pneumonia", "retina", "digits")),
-        "seed": "0,1,2,3,4",
+        "seed": ",".join(map(str, range(10))),
     },
     "gpu": {
         "experiment": "accuracy_gpu",
@@ -87,7 +100,9 @@ def run(stage: str, folder: Path, jobs: int, extra: list[str]) -> int:
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Whoever tells a group of processes to stop tells the training, too; its figures are to be collected then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
+    # Where a small run is given a GPU, it computes as on a CPU.
+    exact = {"OMP_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
+    environment = {**exact, **os.environ, "PYTHONPATH": path}
     return subprocess.run([*TRAIN, *overrides], env=environment, check=False).returncode
 
 
@@ -107,8 +122,7 @@ def collect(stage: str, folder: Path, path: Path) -> list[dict[str, Any]]:
     if runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(record) for record in runs)
-        head = json.dumps({"stage": stage, "device": _device()})[:-1]
-        path.write_text(f'{head}, "runs": [\n{lines}\n]}}\n')
+        path.write_text(f'{{"stage": "{stage}", "runs": [\n{lines}\n]}}\n')
     return runs
 
 
@@ -130,6 +144,7 @@ def _record(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "objective": {key: value for key, value in config["objective"].items() if key != "_target_"},
         "balance": _plain(config["balance"]),
         "seconds": summary["seconds"],
+        "device": _device(config["trainer"]["accelerator"]),
         "versions": summary["versions"],
         "values": {key: round(value, 6) for key, value in summary.items() if key.startswith("evaluation/")},
         "curves": curves,
@@ -147,21 +162,28 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[key] for key in ("data", "arm", "lr", "weight_decay", "seed"))
 
 
-def _device() -> str:
+def _device(accelerator: str) -> str:
+    """What the runs that lie on this machine were trained on."""
+    if accelerator == "cpu":
+        return f"{platform.machine()}, one of {os.cpu_count()} CPU cores a run"
     import torch  # takes a second
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    return str(torch.cuda.get_device_name())
+
+
+def family(arm: str) -> str:
+    """The arm whose search serves this one."""
+    return arm if arm in SEARCHED else next(of for start, of in FAMILIES if arm.startswith(start))
 
 
 def choose() -> None:
-    """Write the learning rate and weight decay that were best on validation."""
+    """Write the learning rate and weight decay that were best on validation, and for each variant its family's."""
     scores: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in json.loads((RESULTS / "search.json").read_text())["runs"]:
         scores[record["arm"]][record["lr"], record["weight_decay"]].append(record["values"][METRIC])
     lines = ["# @package _global_", "# Learning rate and weight decay of each arm, by `study.py choose`", "tuned:"]
-    for arm, found in sorted(scores.items()):
+    for arm in ARMS:
+        found = scores[family(arm)]
         rate, decay = max(found, key=lambda pair: fmean(found[pair]))
         lines.append(f"  {arm}: {{lr: {rate:g}, weight_decay: {decay:g}}}")
     path = HERE / "conf" / "tuned" / "chosen.yaml"

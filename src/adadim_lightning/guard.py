@@ -1,5 +1,7 @@
 """What ends a run: the first NaN or infinity, found without a device sync on every step, or a collapse."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -89,3 +91,38 @@ class FiniteGuard(nn.Module):
             dist.all_reduce(step, dist.ReduceOp.MIN)
             self.first_bad_step.copy_(torch.where(step == torch.iinfo(torch.int64).max, -1, step))
         return int(self.first_bad_step)
+
+
+class Snapshot:
+    """Weights as they are now.
+
+    Copied in one piece for each kind of them: a kernel for each weight would take longer than the step of a GPU.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        for x in weights:
+            self._kinds.setdefault((x.device, x.dtype, _is_dense(x)), []).append(_in_a_row(x.detach()))
+        self._copies = [torch.cat([x.reshape(-1) for x in kind]) for kind in self._kinds.values()]
+
+    def restore_where(self, condition: Tensor) -> None:
+        """Set the weights back where the condition, a boolean on the device, holds; forces no device sync."""
+        for kind, copy in zip(self._kinds.values(), self._copies, strict=True):
+            wanted = torch.where(condition.to(copy.device), copy, torch.cat([x.reshape(-1) for x in kind]))
+            parts = torch.split(wanted, [x.numel() for x in kind])
+            torch._foreach_copy_(kind, [part.view(x.shape) for part, x in zip(parts, kind, strict=True)])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the entries fill a piece of memory, in whatever order."""
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != filled:
+            return False
+        filled *= size
+    return True
+
+
+def _in_a_row(x: Tensor) -> Tensor:
+    """The same memory as a row, in which copies need not mind the order of dimensions; if that is possible."""
+    return x.as_strided((x.numel(),), (1,)) if _is_dense(x) else x

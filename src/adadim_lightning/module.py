@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adadim_lightning.distributed import check_strategy, training_steps
-from adadim_lightning.guard import FiniteGuard
+from adadim_lightning.epoch_means import EpochMeans
+from adadim_lightning.guard import FiniteGuard, Snapshot
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
@@ -62,6 +63,7 @@ class AdaDimModule(LightningModule):
         self.projection_head = projection_head
         self.objective = objective if objective is not None else AdaDimLoss()
         self.guard = FiniteGuard()
+        self._means = EpochMeans()
         self.origin: dict[str, Any] | None = None  # what it was made of, for the checkpoint
         self._optimizer = optimizer
         self._lr_schedule = lr_schedule
@@ -100,7 +102,7 @@ class AdaDimModule(LightningModule):
         values = {"loss/total": total.detach()}
         values |= {f"loss/{name}": value for name, value in parts.items()}
         values |= {f"loss_weighted/{name}": value for name, value in weighted.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(view1), sync_dist=True)
+        self._means.add(self, values, weight=len(view1))
         return total
 
     def validation_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:
@@ -133,7 +135,7 @@ class AdaDimModule(LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             if gradients:
-                norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+                norm = torch.nn.utils.get_total_norm(gradients)
                 self.guard.watch(norm, self.global_step)
                 if norm.device.type == "cpu":
                     self.guard.check()
@@ -156,12 +158,10 @@ class AdaDimModule(LightningModule):
     @torch.no_grad()
     def _step_unless_tripped(self, step: Callable[[], None]) -> None:
         """Take a step and undo it where the guard has tripped, all on the device: nothing waits for the flag."""
-        weights = [p for p in self.parameters() if p.requires_grad]
-        before = [p.clone() for p in weights]
+        before = Snapshot(p for p in self.parameters() if p.requires_grad)
         with torch.enable_grad():
             step()
-        for p, old in zip(weights, before, strict=True):
-            torch.where(self.guard.tripped, old, p, out=p)
+        before.restore_where(self.guard.tripped)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the guard when the trainer logs."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from adadim_lightning import AdaDimLoss, Balance, Statistics
@@ -241,16 +241,24 @@ def test_choose_writes_the_rate_and_decay_with_the_best_mean(
         for (lr, decay), values in scores.items()
         for seed, x in enumerate(values)
     ]
+    runs += [x | {"arm": arm} for x in runs if x["arm"] == "simclr" for arm in study.SEARCHED[2:]]
     (tmp_path / "search.json").write_text(json.dumps({"runs": runs}))
     (tmp_path / "conf" / "tuned").mkdir(parents=True)
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "HERE", tmp_path)
     study.choose()
-    lines = (tmp_path / "conf" / "tuned" / "chosen.yaml").read_text().splitlines()
-    assert lines[-2:] == [
-        "  simclr: {lr: 0.01, weight_decay: 0}",
-        "  vicreg: {lr: 0.001, weight_decay: 0.1}",
-    ]
+    chosen = OmegaConf.load(tmp_path / "conf" / "tuned" / "chosen.yaml").tuned
+    assert sorted(chosen) == ARMS
+    assert chosen.simclr == chosen.simclr_information == {"lr": 0.01, "weight_decay": 0}
+    assert chosen.vicreg == chosen.vicreg_information == {"lr": 0.001, "weight_decay": 0.1}
+
+
+def test_a_variant_takes_the_rate_of_the_arm_whose_objective_it_varies(study: Any) -> None:
+    for arm in ARMS:
+        family = study.family(arm)
+        assert family in study.SEARCHED
+        assert EXPECTED[arm][4] == EXPECTED[family][4]  # kappa
+        assert ("barlow" in arm) == ("barlow" in family)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
 from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
 from adadim_lightning.distributed import training_progress, training_steps
+from adadim_lightning.epoch_means import EpochMeans
 from adadim_lightning.feed import Feed, Pool, Source, batch_size_of
 from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
@@ -133,6 +134,7 @@ class AdaDim(DimensionMonitor):
         self._balanced: AdaDimLoss | None = None  # alpha and beta are set in this one
         self._target: Target | None = None
         self._steps: float = math.inf
+        self._loss_means = EpochMeans()
         self._values: tuple[float, float] | None = None
         self._batch: Any = None
         self._views: list[list[Tensor]] | None = None
@@ -250,7 +252,7 @@ class AdaDim(DimensionMonitor):
         values = {"loss/total": output.total.detach()}
         values |= {f"loss/{name}": value for name, value in output.parts.items()}
         values |= {f"loss_weighted/{name}": value for name, value in output.weighted.items()}
-        self._log(pl_module, values)
+        self._loss_means.add(pl_module, {self._key(key): value for key, value in values.items()}, weight=1)
 
     def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
         return self._views if self._views is not None else super()._read(batch, outputs)

@@ -216,9 +216,9 @@ class OnlineKNN(OnlineProbe):
     def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         self._bank = [(r, labels)]
 
-    def _before_scoring(self) -> None:
+    def _before_scoring(self, device: torch.device) -> None:
         if self._bank:
-            r, labels = (torch.cat(x) for x in zip(*self._bank, strict=True))
+            r, labels = (torch.cat(x).to(device) for x in zip(*self._bank, strict=True))
             if self.train_loader is None:  # each process has seen rows of its own
                 r, labels = gather_labeled(r, labels)
             known = labels >= 0

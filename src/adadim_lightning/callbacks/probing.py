@@ -132,7 +132,7 @@ class OnlineProbe(TappingCallback):
         if self.val_loader is None and trainer.state.fn == "fit":
             if not trainer.sanity_checking:
                 self._learn_from_loader(trainer, pl_module)
-            self._before_scoring()
+            self._before_scoring(pl_module.device)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation batches."""
@@ -144,7 +144,7 @@ class OnlineProbe(TappingCallback):
         self._feed.release()  # a step that was begun and left out
         if self.val_loader is not None:
             self._learn_from_loader(trainer, pl_module)
-            self._before_scoring()
+            self._before_scoring(pl_module.device)
             if self._ready():
                 self._score_loader(pl_module, self.val_loader)
                 self._log_accuracy(pl_module)
@@ -208,8 +208,8 @@ class OnlineProbe(TappingCallback):
     def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         """Learn from all rows of the probe's own loader."""
 
-    def _before_scoring(self) -> None:
-        """Prepare to score."""
+    def _before_scoring(self, device: torch.device) -> None:
+        """Prepare to score rows on a device."""
 
     @abstractmethod
     def _ready(self) -> bool:

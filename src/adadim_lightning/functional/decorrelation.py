@@ -47,16 +47,20 @@ def invariance_loss(z1: Tensor, z2: Tensor, *, reduction: Reduction = "mean") ->
 
 
 def _centered(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The centered rows and the unbiased variance of each dimension: both parts below start from them."""
-    if len(z) < 2:
-        raise ValueError(f"a batch needs at least 2 images, got {len(z)}; raise the batch size")
+    """The centered rows and the unbiased variance of each dimension: both parts below start from them.
+
+    This and what follows takes views ``(N, d)``, or several of them ``(V, N, d)``, and gives a value for each.
+    """
+    n = z.shape[-2]
+    if n < 2:
+        raise ValueError(f"a batch needs at least 2 images, got {n}; raise the batch size")
     z = full_precision(z)
-    z = z - z.mean(dim=0)
-    return z, z.square().sum(dim=0) / (len(z) - 1)
+    z = z - z.mean(dim=-2, keepdim=True)
+    return z, z.square().sum(dim=-2) / (n - 1)
 
 
 def _hinge(variance: Tensor, eps: float) -> Tensor:
-    return torch.relu(1 - torch.sqrt(variance + eps)).mean()
+    return torch.relu(1 - torch.sqrt(variance + eps)).mean(dim=-1)
 
 
 def _off_diagonal(centered: Tensor, variance: Tensor) -> Tensor:
@@ -66,12 +70,12 @@ def _off_diagonal(centered: Tensor, variance: Tensor) -> Tensor:
     subtracted there is smaller than what it is subtracted from, since a covariance of rank < d cannot be
     diagonal, unless single dimensions dominate: then both are nearly equal and float32 loses digits.
     """
-    n, d = centered.shape
+    n, d = centered.shape[-2:]
     if n < d:
-        total = (centered @ centered.T).square().sum() / (n - 1) ** 2 - variance.square().sum()
-        total = total.clamp_min(0.0)
+        products = (centered @ centered.mT).square().sum(dim=(-2, -1))
+        total = (products / (n - 1) ** 2 - variance.square().sum(dim=-1)).clamp_min(0.0)
     else:
-        total = (centered.T @ centered / (n - 1)).fill_diagonal_(0.0).square().sum()
+        total = 2 * (centered.mT @ centered / (n - 1)).tril(-1).square().sum(dim=(-2, -1))
     return total / d
 
 
@@ -141,9 +145,9 @@ def _vicreg_parts(
     """The parts of :func:`vicreg_loss`, with the centering shared between variance and covariance."""
     invariance = invariance_loss(z1, z2, reduction=invariance_reduction)
     with no_autocast(z1):
-        views = [_centered(z1), _centered(z2)]
-        variance = _hinge(views[0][1], eps) + _hinge(views[1][1], eps)
-        covariance = _off_diagonal(*views[0]) + _off_diagonal(*views[1])
+        centered, variances = _centered(torch.stack([full_precision(z1), full_precision(z2)]))
+        variance = _hinge(variances, eps).sum()
+        covariance = _off_diagonal(centered, variances).sum()
     return VICRegParts(invariance, variance / 2 if halve_variance else variance, covariance)
 
 

@@ -1,0 +1,108 @@
+"""NT-Xent and I_2(R;Z) in one go, with their gradients written out.
+
+Both are made of the cosine Gram matrix of Z. Step by step, autograd would start some eighty small operations, for
+which a GPU has to wait; here they are a third of that.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadim_lightning.functional._numeric import no_autocast
+from adadim_lightning.functional.contrastive import _nt_xent_of_gram
+from adadim_lightning.functional.information import _renyi_information, cosine_gram
+
+
+def nt_xent_and_information(r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent of Z and I_2(R;Z) of 2N rows, the second view below the first.
+
+    Args:
+        r: representations, shape ``(2N, d_R)``, in float32 or wider.
+        z: embeddings, shape ``(2N, d_Z)``, of the same dtype.
+        temperature: of NT-Xent, > 0.
+
+    Returns:
+        Both in nats, differentiable; equal to :func:`nt_xent_loss` and :func:`matrix_mutual_information`.
+    """
+    uniformity, information = _Relations.apply(r, z, temperature)
+    return uniformity, information
+
+
+def _gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine Gram matrix, rows of unit length, and what they were divided by."""
+    # As unit_rows and cosine_gram do it, step by step.
+    largest = torch.linalg.vector_norm(x, ord=math.inf, dim=1, keepdim=True)
+    zero = largest == 0
+    largest = largest + zero
+    unit = x / largest
+    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True) + zero
+    unit = unit / norm
+    return (unit @ unit.T).add_(zero & zero.T), unit, largest * norm
+
+
+def _gradient(of_gram: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """Gradient at the rows, given a symmetric one at the Gram matrix, each entry of which counts once."""
+    at_unit = 2 * of_gram @ unit
+    along = torch.linalg.vecdot(at_unit, unit).unsqueeze(1)
+    return torch.addcmul(at_unit, along, unit, value=-1).div_(length)
+
+
+def _differentiable(
+    r: Tensor, z: Tensor, temperature: float, of_uniformity: Tensor | None, of_information: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients at both inputs, by autograd."""
+    with no_autocast(z):
+        gram_z = cosine_gram(z)
+        values = _nt_xent_of_gram(gram_z, temperature), _renyi_information(cosine_gram(r), gram_z, 2)
+    wanted = [(x, g) for x, g in zip(values, (of_uniformity, of_information), strict=True) if g is not None]
+    inputs = [x for x in (r, z) if x.requires_grad]
+    outputs, of_outputs = zip(*wanted, strict=True)
+    found = iter(torch.autograd.grad(outputs, inputs, of_outputs, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x.requires_grad else None for x in (r, z))
+
+
+class _Relations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        rows = len(z)
+        gram_r, unit_r, length_r = _gram(r)
+        gram_z, unit_z, length_z = _gram(z)
+        log_p = (gram_z / temperature).fill_diagonal_(-math.inf).log_softmax(dim=1)
+        positives = log_p.diagonal(rows // 2).sum() + log_p.diagonal(-(rows // 2)).sum()
+        square_r, square_z = gram_r * gram_r, gram_z * gram_z
+        joint = torch.dot(square_r.flatten(), square_z.flatten())
+        sums = torch.stack([joint, square_r.sum(), square_z.sum()])
+        logs = sums.log()
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            r, z, gram_r, unit_r, length_r, square_r, gram_z, unit_z, length_z, square_z, log_p, sums
+        )
+        return -positives / rows, logs[0] - logs[1] - logs[2] + 2 * math.log(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_uniformity: Tensor | None, of_information: Tensor | None) -> Any:
+        r, z, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants a second derivative
+            return *_differentiable(r, z, ctx.temperature, of_uniformity, of_information), None
+        gram_r, unit_r, length_r, square_r, gram_z, unit_z, length_z, square_z, log_p, sums = saved
+        rows = len(z)
+        of_r = of_z = None
+        with no_autocast(unit_z):
+            of_gram_z = None
+            if of_information is not None:
+                joint, sum_r, sum_z = (2 * of_information / sums).unbind()
+                if ctx.needs_input_grad[0]:
+                    of_r = _gradient((square_z * joint - sum_r).mul_(gram_r), unit_r, length_r)
+                of_gram_z = (square_r * joint - sum_z).mul_(gram_z)
+            if of_uniformity is not None:
+                p = log_p.exp()
+                p.diagonal(rows // 2).sub_(1)
+                p.diagonal(-(rows // 2)).sub_(1)
+                p = (p + p.T).mul_(of_uniformity / (2 * rows * ctx.temperature))
+                of_gram_z = p if of_gram_z is None else of_gram_z.add_(p)
+            if of_gram_z is not None and ctx.needs_input_grad[1]:
+                of_z = _gradient(of_gram_z, unit_z, length_z)
+        return of_r, of_z, None
