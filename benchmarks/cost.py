@@ -57,17 +57,12 @@ from adadim_lightning import AdaDimModule
 from adadim_lightning.callbacks.monitor import MeasuringPlan, rank_of_eigenvalues
 from adadim_lightning.cli.app import config_dir
 from adadim_lightning.functional import (
-    cosine_gram,
-    covariance_loss,
     eigenvalue_spectrum,
-    invariance_loss,
     matrix_mutual_information,
     nt_xent_loss,
-    variance_loss,
     vicreg_loss,
 )
-from adadim_lightning.functional.contrastive import _nt_xent_of_gram
-from adadim_lightning.functional.information import _renyi_information
+from adadim_lightning.functional._relations import nt_xent_and_information
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.models import representation_dim
 from adadim_lightning.objective import MATCH_EVERY
@@ -511,19 +506,15 @@ PARTS = {
     VIEWS: "two views of each image",
     "backbone": "backbone",
     "head": "projection head",
-    "invariance": "VICReg: invariance",
-    "variance": "VICReg: variance",
-    "covariance": "VICReg: covariance",
-    "gram": "cosine Gram matrix of Z",
-    "uniformity": "NT-Xent, given that matrix",
-    "information": "I(R;Z), given that matrix",
+    "decorrelation": "VICReg",
+    "relations": "NT-Xent and I(R;Z)",
     "matching": "comparison of gradients, on average",
     "guard": "watch for NaN in loss and gradients",
     "optimizer": "optimizer",
     "measuring": "measured steps, on average",
     "reading": "spectra of a reading, on average",
 }
-ADDED = ("gram", "uniformity", "information", "matching", "measuring", "reading")  # to a step of VICReg
+ADDED = ("relations", "matching", "measuring", "reading")  # to a step of VICReg
 
 
 class Laps:
@@ -567,26 +558,15 @@ class Stages:
             z_of_head = module.projection_head(r)
             lap("head")
         z = z_of_head.detach().float().requires_grad_()
-        z1, z2 = z.chunk(2)
-        alpha, beta, kappa, weights = objective.alpha, objective.beta, objective.kappa, objective.weights
-        loss = r.new_zeros((), dtype=torch.float32)
-        decorrelation: dict[str, Callable[[], Tensor]] = {
-            "invariance": lambda: invariance_loss(z1, z2),
-            "variance": lambda: variance_loss(z1) + variance_loss(z2),
-            "covariance": lambda: covariance_loss(z1) + covariance_loss(z2),
-        }
-        for name, part in decorrelation.items():
-            loss = loss + self._backward((1 - alpha) * weights[name] * part())
-            lap(name)
-        gram_of_z = cosine_gram(z)
-        gram = gram_of_z.detach().requires_grad_()
-        lap("gram")
-        loss = loss + self._backward(alpha * kappa * _nt_xent_of_gram(gram, objective.temperature))
-        lap("uniformity")
-        loss = loss + self._backward(beta * _renyi_information(cosine_gram(r), gram, objective.order))
-        lap("information")
-        gram_of_z.backward(gram.grad)
-        lap("gram")
+        alpha, beta, kappa = objective.alpha, objective.beta, objective.kappa
+        loss = (1 - alpha) * vicreg_loss(*z.chunk(2))
+        loss.backward()
+        lap("decorrelation")
+        uniformity, information = nt_xent_and_information(r.float(), z, objective.temperature)
+        relations = alpha * kappa * uniformity + beta * information
+        relations.backward()
+        loss = (loss + relations).detach()
+        lap("relations")
         z_of_head.backward(z.grad.to(z_of_head.dtype))  # type: ignore[union-attr]
         lap("head")
         r_of_backbone.backward(r.grad)
@@ -602,12 +582,6 @@ class Stages:
         self.objective._match_gradients(parts["decorrelation"], parts["uniformity"], (z1, z2))
         lap("matching")
 
-    @staticmethod
-    def _backward(part: Tensor) -> Tensor:
-        # The views are slices of one leaf; their graph is small, and the parts share it.
-        part.backward(retain_graph=True)
-        return part.detach()
-
     def step(self, *, read: bool) -> dict[str, float]:
         """Seconds of each part."""
         guard = self.module.guard
@@ -617,7 +591,8 @@ class Stages:
         loss, r, z = self.gradients(view1, view2, lap)
         self.match(z, lap)
         guard.watch(loss, 0)
-        guard.watch(torch.stack([p.grad.norm() for p in self.module.parameters() if p.grad is not None]).sum(), 0)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        guard.watch(torch.nn.utils.get_total_norm(gradients), 0)
         if not on_gpu():
             guard.check()
         lap("guard")
@@ -980,16 +955,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{_whole(found['confidence'])} intervals of the ratios.",
         "",
     ]
-    rows = []
-    for name in found["race"][first]["arms"]:
-        row = [ARMS[name].title]
-        for head in heads:
-            arm = found["race"][head]["arms"].get(name)
-            row += [_ms(arm["step_ms"]) if arm else "", _longer(found, head, name)]
-        needed = found["memory"][first].get(name)
-        rows.append([*row, f"{needed['training_mib']:,.0f}" if needed else ""])
-    columns = [x for head in heads for x in (f"`{head}`: ms a step", "AdaDim's is longer by")]
-    lines += _table(["", *columns, f"`{first}`: MiB for training"], rows)
+    lines += _race_table(found)
     lines += ["![What AdaDim costs: against other losses, by part, and its spectra](images/cost.png)", ""]
     lines += [
         "Where a step of AdaDim goes, taken apart and with views, each part with its backward pass; the measuring "
@@ -1032,6 +998,40 @@ def markdown(found: dict[str, Any]) -> str:
         f"All figures are in `{RESULT}`, written by `uv run {found['command']} --json {RESULT}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def markdown_of_gpu(found: dict[str, Any], file: str) -> str:
+    """The race alone, on a GPU."""
+    first = next(iter(found["race"]))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    rounds = [race["rounds"] for race in found["race"].values()]
+    lines = [
+        "### On a GPU",
+        "",
+        f"The same race on {found['device']}, {found['settings']['precision']} ({versions}); a turn has as many "
+        "steps as lie between two readings. So small a step keeps such a GPU waiting for the CPU that starts its "
+        "operations: what is compared here are numbers of operations more than their work.",
+        "",
+        *_race_table(found),
+        f"A step of AdaDim is {_in_words(found, first, 'vicreg')} than one of `objective=vicreg`; the goal, at "
+        f"most {_whole(found['goal'])}, is {'met' if found['met'] else 'missed'}. There were "
+        f"{' and '.join(map(str, rounds))} rounds, so the intervals are wide. The figures are in `{file}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _race_table(found: dict[str, Any]) -> list[str]:
+    heads = list(found["race"])
+    first, rows = heads[0], []
+    for name in found["race"][first]["arms"]:
+        row = [ARMS[name].title]
+        for head in heads:
+            arm = found["race"][head]["arms"].get(name)
+            row += [_ms(arm["step_ms"]) if arm else "", _longer(found, head, name)]
+        needed = found["memory"][first].get(name)
+        rows.append([*row, f"{needed['training_mib']:,.0f}" if needed else ""])
+    columns = [x for head in heads for x in (f"`{head}`: ms a step", "AdaDim's is longer by")]
+    return _table(["", *columns, f"`{first}`: MiB for training"], rows)
 
 
 def _part(row: dict[str, float]) -> list[str]:
@@ -1159,7 +1159,7 @@ def _draw_parts(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(smallest / 1.6, 160)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_yticks(range(len(keys)), [PARTS[part].replace(", given that matrix", "") for part in keys])
+    axes.set_yticks(range(len(keys)), [PARTS[part] for part in keys])
     for label, part in zip(axes.get_yticklabels(), keys, strict=True):
         label.set_color(RED if part in ADDED else "black")
     axes.invert_yaxis()

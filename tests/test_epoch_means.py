@@ -96,6 +96,14 @@ def test_a_module_that_is_trained_again_begins_anew() -> None:
     assert_equal_logs(second.epochs)
 
 
+def test_a_step_on_its_own_needs_no_trainer() -> None:
+    module = Logging()
+    batch = next(iter(fixed_batches(1)))
+    with pytest.warns(UserWarning, match="not registered"):
+        loss = module.training_step(batch, 0)
+    assert float(loss) == pytest.approx(float(module.training_step(batch, 1)))
+
+
 def test_a_step_without_values_logs_nothing() -> None:
     class Silent(Logging):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adadim_lightning.report.dynamics import BLUE, GREEN, GREY, ORANGE
-from adadim_lightning.report.statistics import Difference, digits, paired_difference, spread
+from adadim_lightning.report.statistics import Difference, paired_difference, spread
 from adadim_lightning.report.style import style_of
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +75,9 @@ def better_baseline(runs: Sequence[Run], data: str, metric: str = BALANCED) -> s
 def gain(runs: Sequence[Run], data: str, arm: str, metric: str = BALANCED) -> Difference | None:
     """Points over the better baseline, paired by seed, with the 95 % interval."""
     baseline = better_baseline(runs, data, metric)
-    if baseline is None:
+    if baseline in (None, arm):
         return None
-    return paired_difference(values(runs, data, arm, metric), values(runs, data, baseline, metric))
+    return paired_difference(values(runs, data, arm, metric), values(runs, data, str(baseline), metric))
 
 
 def _present(runs: Sequence[Run], key: str, order: Sequence[str] = ()) -> list[str]:
@@ -99,8 +99,8 @@ def _score(runs: Sequence[Run], data: str, arm: str, metric: str) -> str:
 def _gain(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    low, high = (digits(x, decimals=1, sign=True) for x in (difference.low, difference.high))
-    text = f"{digits(difference.mean, decimals=1, sign=True)} [{low}, {high}]"
+    mean, low, high = (f"{x:+.1f}" for x in (difference.mean, difference.low, difference.high))
+    text = f"{mean} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
     return f"**{text}**" if difference.low > 0 else text
 
 
@@ -289,10 +289,15 @@ def _module(name: str) -> ModuleType:
 def _protocol(runs: Sequence[Run]) -> str:
     one, seconds = runs[0], fmean(x["seconds"] for x in runs)
     seeds = ", ".join(str(x) for x in sorted({x["seed"] for x in runs}))
-    versions = ", ".join(f"{name} {one['versions'][name]}" for name in ("python", "torch", "lightning"))
+    devices = " and ".join(sorted({x["device"] for x in runs}))
+    versions = "; ".join(
+        sorted(
+            {", ".join(f"{name} {x['versions'][name]}" for name in ("python", "torch", "lightning")) for x in runs}
+        )
+    )
     return (
         f"{one['steps']} steps of {one['batch_size']} images for every arm, with the same augmentations, "
-        f"backbone, head, optimizer and schedule; seeds {seeds}; {seconds:.0f} s a run ({versions})."
+        f"backbone, head, optimizer and schedule; seeds {seeds}; {seconds:.0f} s a run, on {devices} ({versions})."
     )
 
 
@@ -359,6 +364,11 @@ def page() -> tuple[str, dict[str, Figure]]:
             module, measured = _module(name), json.loads(path.read_text())
             parts.append(module.markdown(measured))
             pictures |= module.pictures(measured)
+    gpu_cost = RESULTS / "cost_gpu.json"
+    if gpu_cost.exists():
+        parts.append(
+            _module("cost").markdown_of_gpu(json.loads(gpu_cost.read_text()), "benchmarks/results/cost_gpu.json")
+        )
     return "\n\n".join(part.strip() for part in parts) + "\n", pictures
 
 

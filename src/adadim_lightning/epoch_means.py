@@ -60,6 +60,8 @@ class EpochMeans:
     def _adopt(self, module: LightningModule, names: tuple[str, ...]) -> None:
         """Make what Lightning has summed up so far entries of one vector."""
         self._adopted, self._names = [], names
+        if module._trainer is None:
+            return  # a step on its own, or one of Fabric
         results = module.trainer.fit_loop.epoch_loop._results
         logged = {
             metric.meta.name: metric for metric in results.values() if metric.meta.fx == module._current_fx_name

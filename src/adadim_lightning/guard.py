@@ -115,6 +115,8 @@ class Snapshot:
 
 def _is_dense(x: Tensor) -> bool:
     """Whether the entries fill a piece of memory, in whatever order."""
+    if x.is_contiguous():
+        return True
     filled = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride != filled:

@@ -346,6 +346,9 @@ def test_the_page_shows_no_number_that_is_not_in_the_file(cost: Any, found: dict
         assert text.startswith("## What it costs\n")
         assert len(shown(text)) > 60
         assert shown(text) - known(figures) == set()
+        on_gpu = cost.markdown_of_gpu(figures, "cost.json")
+        assert len(shown(on_gpu)) > 20
+        assert shown(on_gpu) - known(figures) == set()
 
 
 def test_the_page_has_its_tables_its_picture_and_where_they_come_from(cost: Any, found: dict[str, Any]) -> None:
