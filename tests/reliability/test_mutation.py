@@ -8,6 +8,7 @@ import pytest
 
 LEAST = {
     "_numeric": 40,
+    "_relations": 80,
     "alpha_req": 40,
     "contrastive": 15,
     "decorrelation": 100,

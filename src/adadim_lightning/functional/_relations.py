@@ -5,7 +5,7 @@ which a GPU has to wait; here they are a third of that.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,46 +63,79 @@ def _differentiable(
     return tuple(next(found) if x.requires_grad else None for x in (r, z))
 
 
+class _Saved(NamedTuple):
+    """What the gradients are made of."""
+
+    gram_r: Tensor
+    unit_r: Tensor
+    length_r: Tensor
+    square_r: Tensor
+    gram_z: Tensor
+    unit_z: Tensor
+    length_z: Tensor
+    square_z: Tensor
+    log_p: Tensor
+    sums: Tensor
+
+
+def _values(r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor, _Saved]:
+    """NT-Xent and the information."""
+    rows = len(z)
+    gram_r, unit_r, length_r = _gram(r)
+    gram_z, unit_z, length_z = _gram(z)
+    log_p = (gram_z / temperature).fill_diagonal_(-math.inf).log_softmax(dim=1)
+    positives = log_p.diagonal(rows // 2).sum() + log_p.diagonal(-(rows // 2)).sum()
+    square_r, square_z = gram_r * gram_r, gram_z * gram_z
+    joint = torch.dot(square_r.flatten(), square_z.flatten())
+    sums = torch.stack([joint, square_r.sum(), square_z.sum()])
+    logs = sums.log()
+    saved = _Saved(gram_r, unit_r, length_r, square_r, gram_z, unit_z, length_z, square_z, log_p, sums)
+    return -positives / rows, logs[0] - logs[1] - logs[2] + 2 * math.log(rows), saved
+
+
+def _at_gram_r(saved: _Saved, of_information: Tensor) -> Tensor:
+    """Gradient of the information at the Gram matrix of R, each of two equal entries having half of it."""
+    joint, sum_r, _ = (2 * of_information / saved.sums).unbind()
+    return (saved.square_z * joint - sum_r).mul_(saved.gram_r)
+
+
+def _at_gram_z(
+    saved: _Saved, temperature: float, of_uniformity: Tensor | None, of_information: Tensor | None
+) -> Tensor | None:
+    """Gradient of both at the Gram matrix of Z, likewise; made symmetric."""
+    found = None
+    if of_information is not None:
+        joint, _, sum_z = (2 * of_information / saved.sums).unbind()
+        found = (saved.square_r * joint - sum_z).mul_(saved.gram_z)
+    if of_uniformity is not None:
+        rows = len(saved.gram_z)
+        p = saved.log_p.exp()
+        p.diagonal(rows // 2).sub_(1)
+        p.diagonal(-(rows // 2)).sub_(1)
+        p = (p + p.T).mul_(of_uniformity / (2 * rows * temperature))
+        found = p if found is None else found.add_(p)
+    return found
+
+
 class _Relations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        rows = len(z)
-        gram_r, unit_r, length_r = _gram(r)
-        gram_z, unit_z, length_z = _gram(z)
-        log_p = (gram_z / temperature).fill_diagonal_(-math.inf).log_softmax(dim=1)
-        positives = log_p.diagonal(rows // 2).sum() + log_p.diagonal(-(rows // 2)).sum()
-        square_r, square_z = gram_r * gram_r, gram_z * gram_z
-        joint = torch.dot(square_r.flatten(), square_z.flatten())
-        sums = torch.stack([joint, square_r.sum(), square_z.sum()])
-        logs = sums.log()
+        uniformity, information, saved = _values(r, z, temperature)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            r, z, gram_r, unit_r, length_r, square_r, gram_z, unit_z, length_z, square_z, log_p, sums
-        )
-        return -positives / rows, logs[0] - logs[1] - logs[2] + 2 * math.log(rows)
+        ctx.save_for_backward(r, z, *saved)
+        return uniformity, information
 
     @staticmethod
     def backward(ctx: Any, of_uniformity: Tensor | None, of_information: Tensor | None) -> Any:
-        r, z, *saved = ctx.saved_tensors
+        r, z, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants a second derivative
             return *_differentiable(r, z, ctx.temperature, of_uniformity, of_information), None
-        gram_r, unit_r, length_r, square_r, gram_z, unit_z, length_z, square_z, log_p, sums = saved
-        rows = len(z)
-        of_r = of_z = None
-        with no_autocast(unit_z):
-            of_gram_z = None
-            if of_information is not None:
-                joint, sum_r, sum_z = (2 * of_information / sums).unbind()
-                if ctx.needs_input_grad[0]:
-                    of_r = _gradient((square_z * joint - sum_r).mul_(gram_r), unit_r, length_r)
-                of_gram_z = (square_r * joint - sum_z).mul_(gram_z)
-            if of_uniformity is not None:
-                p = log_p.exp()
-                p.diagonal(rows // 2).sub_(1)
-                p.diagonal(-(rows // 2)).sub_(1)
-                p = (p + p.T).mul_(of_uniformity / (2 * rows * ctx.temperature))
-                of_gram_z = p if of_gram_z is None else of_gram_z.add_(p)
-            if of_gram_z is not None and ctx.needs_input_grad[1]:
-                of_z = _gradient(of_gram_z, unit_z, length_z)
+        saved, of_r, of_z = _Saved(*rest), None, None
+        with no_autocast(z):
+            if ctx.needs_input_grad[0] and of_information is not None:
+                of_r = _gradient(_at_gram_r(saved, of_information), saved.unit_r, saved.length_r)
+            if ctx.needs_input_grad[1]:
+                at_gram = _at_gram_z(saved, ctx.temperature, of_uniformity, of_information)
+                of_z = None if at_gram is None else _gradient(at_gram, saved.unit_z, saved.length_z)
         return of_r, of_z, None

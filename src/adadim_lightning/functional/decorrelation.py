@@ -145,7 +145,7 @@ def _vicreg_parts(
     """The parts of :func:`vicreg_loss`, with the centering shared between variance and covariance."""
     invariance = invariance_loss(z1, z2, reduction=invariance_reduction)
     with no_autocast(z1):
-        centered, variances = _centered(torch.stack([full_precision(z1), full_precision(z2)]))
+        centered, variances = _centered(torch.stack([z1, z2]))
         variance = _hinge(variances, eps).sum()
         covariance = _off_diagonal(centered, variances).sum()
     return VICRegParts(invariance, variance / 2 if halve_variance else variance, covariance)
