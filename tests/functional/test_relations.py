@@ -43,9 +43,12 @@ def test_what_nobody_differentiates_gets_no_gradient() -> None:
     r, z = rows("ordinary")
     uniformity, information = nt_xent_and_information(r, z, 0.3)
     assert torch.autograd.grad(uniformity, (r, z), retain_graph=True, allow_unused=True)[0] is None
-    (alone,) = torch.autograd.grad(information, z)
+    (alone,) = torch.autograd.grad(information, z, retain_graph=True)
     other = nt_xent_and_information(r.detach(), z, 0.3)[1]
     torch.testing.assert_close(torch.autograd.grad(other, z)[0], alone)
+    (alone,) = torch.autograd.grad(information, r)
+    other = nt_xent_and_information(r, z.detach(), 0.3)[1]
+    torch.testing.assert_close(torch.autograd.grad(other, r)[0], alone)
 
 
 def test_mixed_precision_stays_out_of_the_backward_pass() -> None:
@@ -55,6 +58,22 @@ def test_mixed_precision_stays_out_of_the_backward_pass() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = torch.autograd.grad(total, (r, z))
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_gradients_that_can_be_differentiated_are_the_same(weights: tuple[float, float]) -> None:
+    r, z = rows("ordinary")
+    uniformity, information = nt_xent_and_information(r, z, 0.3)
+    total = (weights[0] * uniformity if weights[0] else 0) + (weights[1] * information if weights[1] else 0)
+    first, again = (
+        torch.autograd.grad(total, (r, z), create_graph=whether, allow_unused=True, retain_graph=True)
+        for whether in (False, True)
+    )
+    torch.testing.assert_close(again[1], first[1])
+    if weights[1]:
+        torch.testing.assert_close(again[0], first[0])
+    else:
+        assert again[0] is first[0] is None
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -79,6 +79,13 @@ EQUIVALENT = {
     "_numeric.to_float64: x.to(float64_device(x.device)).to -> x.to": MPS,
     "contrastive._nt_xent_of_gram: gram.diagonal(-n) -> gram.diagonal(n)": SYMMETRIC,
     "contrastive._nt_xent_of_gram: dim=1 -> dim=0": SYMMETRIC,
+    "_relations._values: dim=1 -> dim=0": SYMMETRIC,
+    "_relations._differentiable: torch.autograd.grad(total, x, create_graph=True, allow_unused=True)[0] -> ": (
+        "a tuple of one"
+    ),
+    "_relations.backward: ctx.needs_input_grad[0] and of_information is not None -> of_information is": (
+        "a gradient that nobody wants is thrown away"
+    ),
     "decorrelation._off_diagonal: n < d -> n <= d": ROUNDING,
     "decorrelation._barlow_twins_parts: n < d -> n <= d": ROUNDING,
     "hypersphere.alignment: with no_autocast": WIDE,
@@ -223,9 +230,14 @@ def put_in_place(module: ModuleType, code: CodeType) -> None:
     exec(code, changed)
     for name, new in changed.items():
         old = vars(module).get(name)
-        if inspect.isfunction(old) and old.__module__ == module.__name__:
-            old, new = inspect.unwrap(old), inspect.unwrap(new)
-            old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+        if getattr(old, "__module__", None) == module.__name__:
+            # Of a class its methods, static ones too.
+            pairs = [(vars(old)[key], x) for key, x in vars(new).items()] if inspect.isclass(old) else [(old, new)]
+            for mine, other in pairs:
+                mine, other = (inspect.unwrap(getattr(x, "__func__", x)) for x in (mine, other))
+                if inspect.isfunction(mine):
+                    mine.__code__, mine.__defaults__ = other.__code__, other.__defaults__
+                    mine.__kwdefaults__ = other.__kwdefaults__
         elif isinstance(new, int | float) and not isinstance(new, bool):
             setattr(module, name, new)
 

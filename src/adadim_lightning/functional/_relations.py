@@ -53,14 +53,15 @@ def _differentiable(
     r: Tensor, z: Tensor, temperature: float, of_uniformity: Tensor | None, of_information: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients at both inputs, by autograd."""
-    with no_autocast(z):
-        gram_z = cosine_gram(z)
-        values = _nt_xent_of_gram(gram_z, temperature), _renyi_information(cosine_gram(r), gram_z, 2)
-    wanted = [(x, g) for x, g in zip(values, (of_uniformity, of_information), strict=True) if g is not None]
-    inputs = [x for x in (r, z) if x.requires_grad]
-    outputs, of_outputs = zip(*wanted, strict=True)
-    found = iter(torch.autograd.grad(outputs, inputs, of_outputs, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in (r, z))
+    gram_z, total = cosine_gram(z), z.new_zeros(())
+    if of_uniformity is not None:
+        total = total + of_uniformity * _nt_xent_of_gram(gram_z, temperature)
+    if of_information is not None:
+        total = total + of_information * _renyi_information(cosine_gram(r), gram_z, 2)
+    return tuple(
+        torch.autograd.grad(total, x, create_graph=True, allow_unused=True)[0] if x.requires_grad else None
+        for x in (r, z)
+    )
 
 
 class _Saved(NamedTuple):
@@ -110,8 +111,7 @@ def _at_gram_z(
     if of_uniformity is not None:
         rows = len(saved.gram_z)
         p = saved.log_p.exp()
-        p.diagonal(rows // 2).sub_(1)
-        p.diagonal(-(rows // 2)).sub_(1)
+        p.diagonal(rows // 2).sub_(2)  # for both of a pair, which the next line tells the other
         p = (p + p.T).mul_(of_uniformity / (2 * rows * temperature))
         found = p if found is None else found.add_(p)
     return found
