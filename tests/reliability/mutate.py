@@ -83,6 +83,9 @@ EQUIVALENT = {
     "_relations._differentiable: torch.autograd.grad(total, x, create_graph=True, allow_unused=True)[0] -> ": (
         "a tuple of one"
     ),
+    "_relations._differentiable: total + of_uniformity * _nt_xent_of_gram(gram_z, temperature) -> of_uni": (
+        "the total is zero before"
+    ),
     "_relations.backward: ctx.needs_input_grad[0] and of_information is not None -> of_information is": (
         "a gradient that nobody wants is thrown away"
     ),
