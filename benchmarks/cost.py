@@ -12,8 +12,8 @@ configuration files. All of them push both views through the model in one call, 
   turn of each. Times are divided by that of the bare VICReg in the same round, which takes out what the machine
   does meanwhile. A cycle is the steps from one reading to the next; its length is made of the medians over the
   steps of each kind (ordinary, with gradients compared for kappa, measured, with a reading), each as often as it
-  occurs. Intervals are of a bootstrap
-  over the rounds. On a CPU contenders that only illustrate take part in every fourth round.
+  occurs. Intervals are of a bootstrap over the rounds. On a CPU contenders that only illustrate take part in every
+  fourth round.
 - Parts: the same step in stages, one after the other, each with its backward pass.
 - Memory: each contender in a process of its own; what the process needed at most, and how much of it came with
   the training.

@@ -8,20 +8,26 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from adadim_lightning.epoch_means import EpochMeans
-from tests.helpers import OneCallPerView, fit, fixed_batches
+from tests.helpers import OneCallPerView, fit, fixed_batches, trainer
 
 
 class Logging(OneCallPerView):
-    """Logs the same values in both ways."""
+    """Logs the same values in both ways, one of them now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, rare: bool = False) -> None:
         super().__init__()
         self.means = EpochMeans()
+        self.rare = rare
+        self.logged = 0  # values that came by log
+
+    def log(self, name: str, *arguments: Any, **options: Any) -> None:
+        self.logged += name.startswith("ours/")
+        super().log(name, *arguments, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss: Tensor = super().training_step(batch, batch_idx)
         values = {"a": loss.detach(), "b": loss.detach().square() + self.global_step}
-        if batch_idx % 2:
+        if self.rare and batch_idx % 2:
             values["rare"] = loss.detach() - 1
         weight = 1 + batch_idx
         self.means.add(self, {f"ours/{key}": value for key, value in values.items()}, weight=weight)
@@ -43,19 +49,28 @@ class Reader(Callback):
         self.epochs.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
 
-def assert_equal_logs(epochs: list[dict[str, float]]) -> None:
+def assert_equal_logs(epochs: list[dict[str, float]], *, rare: bool = False) -> None:
+    keys = {"a", "b", "rare"} if rare else {"a", "b"}
     for epoch in epochs:
-        assert {key.removeprefix("ours/") for key in epoch if key.startswith("ours/")} == {"a", "b", "rare"}
-        for key in ("a", "b", "rare"):
+        assert {key.removeprefix("ours/") for key in epoch if key.startswith("ours/")} == keys
+        for key in keys:
             assert epoch[f"ours/{key}"] == pytest.approx(epoch[f"theirs/{key}"], rel=1e-6)
 
 
 def test_callbacks_find_the_means_that_lightning_would_log() -> None:
-    reader = Reader()
-    fit(Logging(), fixed_batches(5), reader, max_epochs=3)
+    module, reader = Logging(), Reader()
+    fit(module, fixed_batches(5), reader, max_epochs=3)
     assert len(reader.epochs) == 3
     assert_equal_logs(reader.epochs)
     assert len({epoch["ours/a"] for epoch in reader.epochs}) == 3
+    assert module.logged == 3 * 2  # both values in the first step of each epoch
+
+
+def test_a_value_that_only_some_steps_have_is_the_mean_of_these() -> None:
+    reader = Reader()
+    fit(Logging(rare=True), fixed_batches(5), reader, max_epochs=2)
+    assert len(reader.epochs) == 2
+    assert_equal_logs(reader.epochs, rare=True)
 
 
 def test_an_epoch_that_is_cut_off_has_the_mean_of_its_steps() -> None:
@@ -75,24 +90,29 @@ def test_validation_within_the_epoch_does_not_cut_the_mean_in_two() -> None:
 def test_a_mean_can_be_monitored() -> None:
     stopping = EarlyStopping("ours/b", patience=0, mode="min", min_delta=1e9, check_on_train_epoch_end=True)
     reader = Reader()
-    trainer = fit(Logging(), fixed_batches(2), reader, stopping, max_epochs=9)
-    assert trainer.current_epoch == 2
+    used = fit(Logging(), fixed_batches(2), reader, stopping, max_epochs=9)
+    assert used.current_epoch == 2
     assert float(stopping.best_score) == pytest.approx(reader.epochs[0]["theirs/b"])
 
 
-def test_a_module_that_is_trained_again_begins_anew() -> None:
+@pytest.mark.parametrize("same_trainer", [False, True])
+def test_a_module_that_is_trained_again_begins_anew(same_trainer: bool) -> None:
     module, first, second = Logging(), Reader(), Reader()
 
     class Fails(Callback):
         def on_train_batch_end(
             self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            if batch_idx == 1:
+            if batch_idx == 2 and trainer.callbacks[0] is first:
                 raise RuntimeError("out of order")
 
+    used = trainer(first, Fails())
     with pytest.raises(RuntimeError, match="out of order"):
-        fit(module, fixed_batches(5), first, Fails())
-    fit(module, fixed_batches(5), second, max_epochs=1)
+        used.fit(module, fixed_batches(5))
+    used = used if same_trainer else trainer()
+    used.callbacks = [second]
+    used.fit(module, fixed_batches(5))
+    assert len(second.epochs) == 1
     assert_equal_logs(second.epochs)
 
 

@@ -223,7 +223,6 @@ def test_a_snapshot_restores_weights_of_every_kind_and_order(condition: bool) ->
     snapshot.restore_where(torch.tensor(condition))
     for x, old in zip(kinds, before, strict=True):
         assert torch.equal(x, old) if condition else bool(x.isnan().all())
-        assert x.stride() == old.stride() or x.shape == (6, 5)
 
 
 def test_an_error_in_the_step_is_passed_on() -> None:

@@ -75,9 +75,9 @@ def better_baseline(runs: Sequence[Run], data: str, metric: str = BALANCED) -> s
 def gain(runs: Sequence[Run], data: str, arm: str, metric: str = BALANCED) -> Difference | None:
     """Points over the better baseline, paired by seed, with the 95 % interval."""
     baseline = better_baseline(runs, data, metric)
-    if baseline in (None, arm):
+    if baseline is None or baseline == arm:
         return None
-    return paired_difference(values(runs, data, arm, metric), values(runs, data, str(baseline), metric))
+    return paired_difference(values(runs, data, arm, metric), values(runs, data, baseline, metric))
 
 
 def _present(runs: Sequence[Run], key: str, order: Sequence[str] = ()) -> list[str]:

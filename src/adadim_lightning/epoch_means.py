@@ -23,6 +23,7 @@ class EpochMeans:
     def __init__(self) -> None:
         self._adopted: list[tuple[Any, Tensor, Tensor]] = []  # Lightning's metrics, with their sum and weight
         self._names: tuple[str, ...] = ()
+        self._results: Any = None  # where Lightning keeps them
         self._sums = self._weights = torch.zeros(0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -37,7 +38,8 @@ class EpochMeans:
             values: scalars by log name.
             weight: of the step, such as its number of images.
         """
-        if self._holds(tuple(values)):
+        trainer = module._trainer
+        if trainer is not None and self._holds(trainer, tuple(values)):
             self._sums += torch.stack([value.to(self._sums) for value in values.values()]) * weight
             self._weights += weight
             for metric, _, _ in self._adopted:
@@ -46,11 +48,13 @@ class EpochMeans:
             module.log_dict(values, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
             self._adopt(module, tuple(values))
 
-    def _holds(self, names: tuple[str, ...]) -> bool:
-        """Whether Lightning still reads the sums from here."""
+    def _holds(self, trainer: Any, names: tuple[str, ...]) -> bool:
+        """Whether this trainer still reads the sums from here."""
         return (
             bool(self._adopted)
             and names == self._names
+            and trainer.fit_loop.epoch_loop._results is self._results
+            and not trainer._logger_connector._first_loop_iter  # when Lightning forgets what an earlier fit left
             and all(
                 metric.value is value and metric.cumulated_batch_size is weight and not metric.has_reset
                 for metric, value, weight in self._adopted
@@ -62,10 +66,9 @@ class EpochMeans:
         self._adopted, self._names = [], names
         if module._trainer is None:
             return  # a step on its own, or one of Fabric
-        results = module.trainer.fit_loop.epoch_loop._results
-        logged = {
-            metric.meta.name: metric for metric in results.values() if metric.meta.fx == module._current_fx_name
-        }
+        self._results = module.trainer.fit_loop.epoch_loop._results
+        found = self._results.values()
+        logged = {metric.meta.name: metric for metric in found if metric.meta.fx == module._current_fx_name}
         metrics = [logged[name] for name in names if name in logged]
         if not metrics or len(metrics) < len(names):
             return  # a module that logs in a way of its own

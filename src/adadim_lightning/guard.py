@@ -100,9 +100,9 @@ class Snapshot:
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        self._kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for x in weights:
-            self._kinds.setdefault((x.device, x.dtype, _is_dense(x)), []).append(_in_a_row(x.detach()))
+            self._kinds.setdefault((x.device, x.dtype), []).append(_in_a_row(x.detach()))
         self._copies = [torch.cat([x.reshape(-1) for x in kind]) for kind in self._kinds.values()]
 
     def restore_where(self, condition: Tensor) -> None:
@@ -126,5 +126,5 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _in_a_row(x: Tensor) -> Tensor:
-    """The same memory as a row, in which copies need not mind the order of dimensions; if that is possible."""
+    """The same memory as a row, for which copies need not mind the order of dimensions; if that is possible."""
     return x.as_strided((x.numel(),), (1,)) if _is_dense(x) else x

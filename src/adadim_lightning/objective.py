@@ -18,7 +18,7 @@ from adadim_lightning.functional._numeric import (
     no_autocast,
 )
 from adadim_lightning.functional._relations import nt_xent_and_information
-from adadim_lightning.functional.contrastive import nt_xent_loss
+from adadim_lightning.functional.contrastive import _nt_xent_of_gram
 from adadim_lightning.functional.decorrelation import Reduction, _barlow_twins_parts, _vicreg_parts
 from adadim_lightning.functional.information import _renyi_information, cosine_gram
 
@@ -236,18 +236,19 @@ class AdaDimLoss(nn.Module):
                     weighted = [self.weights[name] * part for name, part in parts.items()]
                     decorrelation = torch.stack(weighted).sum()
             r, z = torch.cat([r1, r2]), torch.cat([z1, z2])
-            if self.order == 2:
-                with wanted("information", *(["uniformity"] if uniformity is None else [])):
-                    contrast, information = nt_xent_and_information(r, z, self.temperature)
+            if self.order == 2 and uniformity is None:
+                with wanted("information", "uniformity"):
+                    uniformity, information = nt_xent_and_information(r, z, self.temperature)
                 information = information.detach() if "information" in idle else information
-                contrast = contrast.detach() if "uniformity" in idle else contrast
-                uniformity = contrast if uniformity is None else uniformity
+                uniformity = uniformity.detach() if "uniformity" in idle else uniformity
             else:
+                with wanted("information", *(["uniformity"] if uniformity is None else [])):
+                    gram_z = cosine_gram(z)
                 if uniformity is None:
                     with wanted("uniformity"):
-                        uniformity = nt_xent_loss(z1, z2, temperature=self.temperature)
+                        uniformity = _nt_xent_of_gram(gram_z, self.temperature)
                 with wanted("information"):
-                    information = _renyi_information(cosine_gram(r), cosine_gram(z), self.order)
+                    information = _renyi_information(cosine_gram(r), gram_z, self.order)
         return parts | {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
 
     def _decorrelation_parts(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:

@@ -30,12 +30,19 @@ def like(value: Tensor, x: Tensor) -> Tensor:
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of unit length, in float32 or wider; a zero row has no direction and stays zero."""
+    return unit_rows_and_lengths(x)[0]
+
+
+def unit_rows_and_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit length, and what they were divided by, shape ``(N, 1)``: 1 for a zero row, which stays zero."""
     x = full_precision(x)
     # Divided by its largest entry first: the squares of a very long or short row would leave the range of float32.
     largest = x.detach().abs().amax(dim=1, keepdim=True)
-    x = x / (largest + (largest == 0))
+    largest = largest + (largest == 0)
+    x = x / largest
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / (norm + (norm == 0))
+    norm = norm + (norm == 0)
+    return x / norm, largest * norm
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import no_autocast
+from adadim_lightning.functional._numeric import no_autocast, unit_rows_and_lengths
 from adadim_lightning.functional.contrastive import _nt_xent_of_gram
-from adadim_lightning.functional.information import _renyi_information, cosine_gram
+from adadim_lightning.functional.information import _gram_of_units, _renyi_information, cosine_gram
 
 
 def nt_xent_and_information(r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -28,18 +28,6 @@ def nt_xent_and_information(r: Tensor, z: Tensor, temperature: float) -> tuple[T
     """
     uniformity, information = _Relations.apply(r, z, temperature)
     return uniformity, information
-
-
-def _gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine Gram matrix, rows of unit length, and what they were divided by."""
-    # As unit_rows and cosine_gram do it, step by step.
-    largest = torch.linalg.vector_norm(x, ord=math.inf, dim=1, keepdim=True)
-    zero = largest == 0
-    largest = largest + zero
-    unit = x / largest
-    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True) + zero
-    unit = unit / norm
-    return (unit @ unit.T).add_(zero & zero.T), unit, largest * norm
 
 
 def _gradient(of_gram: Tensor, unit: Tensor, length: Tensor) -> Tensor:
@@ -82,8 +70,9 @@ class _Saved(NamedTuple):
 def _values(r: Tensor, z: Tensor, temperature: float) -> tuple[Tensor, Tensor, _Saved]:
     """NT-Xent and the information."""
     rows = len(z)
-    gram_r, unit_r, length_r = _gram(r)
-    gram_z, unit_z, length_z = _gram(z)
+    unit_r, length_r = unit_rows_and_lengths(r)
+    unit_z, length_z = unit_rows_and_lengths(z)
+    gram_r, gram_z = _gram_of_units(unit_r), _gram_of_units(unit_z)
     log_p = (gram_z / temperature).fill_diagonal_(-math.inf).log_softmax(dim=1)
     positives = log_p.diagonal(rows // 2).sum() + log_p.diagonal(-(rows // 2)).sum()
     square_r, square_z = gram_r * gram_r, gram_z * gram_z

@@ -34,10 +34,14 @@ def cosine_gram(x: Tensor) -> Tensor:
                 [0., 1.]])
     """
     with no_autocast(x):
-        x = unit_rows(x)
-        zero = ~x.any(dim=1, keepdim=True)
-        gram: Tensor = x @ x.T + (zero & zero.T)
-        return gram
+        return _gram_of_units(unit_rows(x))
+
+
+def _gram_of_units(x: Tensor) -> Tensor:
+    """:func:`cosine_gram` of rows of unit length and zero rows."""
+    zero = ~x.any(dim=1, keepdim=True)
+    gram: Tensor = x @ x.T + (zero & zero.T)
+    return gram
 
 
 def _renyi_entropy(gram: Tensor, order: float) -> Tensor:
