@@ -266,7 +266,7 @@ def test_the_gpu_tier_goes_on_from_piece_to_piece(parquet: Path, tmp_path: Path)
     """At toy size on the CPU: a piece is cut off, the next goes on, at the end come figures."""
     toy = ["backbone=small_convnet", "head=mlp", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
     toy += ["seed=0", "+arm=simclr,adadim", "evaluation.images=40", "evaluation.probes=[linear,knn]"]
-    toy += ["data.batch_size=32", "data.image_size=8", "data.images=120"]
+    toy += ["data.batch_size=32", "data.image_size=8"]
     out = tmp_path / "out"
     out.mkdir()
 
