@@ -20,6 +20,7 @@ from adadim_lightning.functional._numeric import (
     no_autocast,
     to_float64,
     unit_rows,
+    unit_rows_and_lengths,
 )
 
 
@@ -54,7 +55,11 @@ def test_only_a_device_without_float64_leaves_its_work_to_the_cpu() -> None:
 def test_unit_rows_have_length_1_at_any_scale_and_zero_rows_stay_zero() -> None:
     x = torch.tensor([[3.0, -4.0], [3e-30, -4e-30], [3e30, -4e30], [0.0, 0.0], [0.0, -0.01]])
     expected = torch.tensor([[0.6, -0.8]] * 3 + [[0.0, 0.0], [0.0, -1.0]])
-    torch.testing.assert_close(unit_rows(x), expected)
+    rows, lengths = unit_rows_and_lengths(x)
+    torch.testing.assert_close(rows, expected)
+    assert torch.equal(unit_rows(x), rows)
+    divisors = torch.tensor([5.0, 5e-30, 5e30, 1.0, 0.01])[:, None]
+    torch.testing.assert_close(lengths, divisors, rtol=1e-6, atol=0.0)
     assert unit_rows(x.half()[:1]).dtype == torch.float32
 
 
