@@ -51,7 +51,7 @@ TRAIN, REPORT = (
 )
 METRIC = "evaluation/trained_linear_balanced"
 CURVES = ("dynamics/H_R", "dynamics/I_RZ", "dynamics/ER_R", "dynamics/ER_Z", "balance/alpha", "balance/beta")
-RATES, DECAYS = (0.0015, 0.003, 0.006), (0.0001, 0.1)
+RATES, DECAYS = (0.00075, 0.0015, 0.003, 0.006, 0.012), (0.0001, 0.1)
 
 STAGES: dict[str, dict[str, str]] = {
     "search": {

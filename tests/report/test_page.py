@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from adadim_lightning.report.figures import plots
 from adadim_lightning.report.page import command_line, write_page
-from adadim_lightning.report.pictures import write_pictures
+from adadim_lightning.report.pictures import draw_plane, write_pictures
 from adadim_lightning.report.runs import read_runs
 from adadim_lightning.report.study import Study
 from tests.report.runs import write_run, write_sweep
@@ -247,6 +247,18 @@ def test_without_labels_everything_else_is_there(tmp_path: Path, open_page: Open
     assert color == "dynamics/ER_R"
     assert page.locator("#best").count() == 0
     assert cells(page, "#table", 3) == ["\N{EN DASH}"] * 2
+
+
+@needs_browser
+def test_one_accuracy_alone_has_no_scale_of_colors(tmp_path: Path, sweep: Path, open_page: Open) -> None:
+    write_sweep(tmp_path, ["a=1"], [0])
+    for path, scales in ((sweep, 1), (report(tmp_path), 0)):
+        plane = open_page(path).locator('[data-plot="plane"]')
+        plane.locator(".scatterlayer .points path").first.wait_for()
+        assert plane.locator(".cbcoloraxis").count() == scales
+    picture = draw_plane(Study(read_runs([tmp_path])[0]))
+    assert picture is not None
+    assert len(picture.axes) == 1
 
 
 @needs_browser

@@ -114,11 +114,13 @@ def _plane(study: Study) -> Plot:
                     "hovertemplate": "%{hovertext}<extra></extra>",
                 }
             )
+    shades = {run.values.get(study.color) for run in study.runs} - {None}
     layout = {
         "xaxis": {"title": {"text": TITLES[H_R]}, **_range(paths, "x")},
         "yaxis": {"title": {"text": TITLES[I_RZ]}, **_range(paths, "y")},
         "coloraxis": {
             "colorscale": "Viridis",
+            "showscale": len(shades) > 1,
             "colorbar": {
                 "title": {"text": plain(study.color), "side": "top"},
                 **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom"},

@@ -64,7 +64,7 @@ def draw_plane(study: Study) -> Figure | None:
             axes.annotate(
                 "best", (h[-1], i[-1]), xytext=(0, 12), textcoords="offset points", ha="center", zorder=5
             )
-    if ends:
+    if high > low and ends:
         figure.colorbar(ScalarMappable(scale, SCALE), ax=axes, label=_name(study.color), pad=0.02)
     axes.set_xlabel("H(R) [nats]")
     axes.set_ylabel("I(R;Z) [nats]")
