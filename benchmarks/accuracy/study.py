@@ -51,6 +51,8 @@ TRAIN, REPORT = (
 )
 METRIC = "evaluation/trained_linear_balanced"
 CURVES = ("dynamics/H_R", "dynamics/I_RZ", "dynamics/ER_R", "dynamics/ER_Z", "balance/alpha", "balance/beta")
+LARGE, SMALL = ["cifar10", "fashion_mnist"], ["pneumonia", "retina", "digits"]  # by images for validation
+Pair = tuple[float, float]
 RATES, DECAYS = (0.00075, 0.0015, 0.003, 0.006, 0.012), (0.0001, 0.1)
 
 STAGES: dict[str, dict[str, str]] = {
@@ -58,7 +60,7 @@ STAGES: dict[str, dict[str, str]] = {
         "experiment": "accuracy",
         "split": "validation",
         "+arm": ",".join(SEARCHED),
-        "data": "study_cifar10",
+        "data": ",".join(f"study_{x}" for x in LARGE),
         "seed": "100",
         "optimizer.lr": ",".join(map(str, RATES)),
         "optimizer.weight_decay": ",".join(map(str, DECAYS)),
@@ -67,14 +69,14 @@ STAGES: dict[str, dict[str, str]] = {
         "experiment": "accuracy",
         "split": "validation",
         "+arm": ",".join(ARMS),
-        "data": "study_cifar10,study_fashion_mnist",
+        "data": ",".join(f"study_{x}" for x in LARGE),
         "seed": "0,1,2",
     },
     "final": {
         "experiment": "accuracy",
         "split": "test",
         "+arm": ",".join(FINAL_ARMS),
-        "data": ",".join(f"study_{x}" for x in ("cifar10", "fashion_mnist", "pneumonia", "retina", "digits")),
+        "data": ",".join(f"study_{x}" for x in LARGE + SMALL),
         "seed": ",".join(map(str, range(10))),
     },
     "gpu": {
@@ -177,15 +179,24 @@ def family(arm: str) -> str:
 
 
 def choose() -> None:
-    """Write the learning rate and weight decay that were best on validation, and for each variant its family's."""
-    scores: dict[str, dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Write the learning rate and weight decay that were best on validation, and for each variant its family's.
+
+    Each of the large sets has its own; those with few images for validation take what was best on both together.
+    """
+    scores: dict[str, dict[str, dict[Pair, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in json.loads((RESULTS / "search.json").read_text())["runs"]:
-        scores[record["arm"]][record["lr"], record["weight_decay"]].append(record["values"][METRIC])
+        pair = record["lr"], record["weight_decay"]
+        scores[record["arm"]][record["data"]][pair] = record["values"][METRIC]
     lines = ["# @package _global_", "# Learning rate and weight decay of each arm, by `study.py choose`", "tuned:"]
-    for arm in ARMS:
-        found = scores[family(arm)]
-        rate, decay = max(found, key=lambda pair: fmean(found[pair]))
-        lines.append(f"  {arm}: {{lr: {rate:g}, weight_decay: {decay:g}}}")
+    for name, sets in {**{x: [x] for x in LARGE}, "both": LARGE}.items():
+        lines.append(f"  {name}:")
+        for arm in ARMS:
+            tried = scores[family(arm)]
+            found = [tried[x] for x in sets if x in tried] or list(tried.values())
+            pairs = set(found[0]).intersection(*found)
+            rate, decay = max(sorted(pairs), key=lambda pair: fmean(x[pair] for x in found))
+            lines.append(f"    {arm}: {{lr: {rate:g}, weight_decay: {decay:g}}}")
+    lines += [f"  {name}: ${{tuned.both}}" for name in SMALL]
     path = HERE / "conf" / "tuned" / "chosen.yaml"
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())

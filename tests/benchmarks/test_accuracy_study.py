@@ -46,9 +46,9 @@ ARMS = sorted(path.stem for path in (STUDY / "conf" / "arm").glob("*.yaml"))
 
 
 @cache
-def composed(arm: str) -> DictConfig:
+def composed(arm: str, data: str = "study_cifar10") -> DictConfig:
     """What the study trains, by adadim-train's configuration and its own."""
-    overrides = ["experiment=accuracy", f"+arm={arm}", "data=study_cifar10"]
+    overrides = ["experiment=accuracy", f"+arm={arm}", f"data={data}"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("train", [f"hydra.searchpath=[file://{STUDY / 'conf'}]", *overrides])
 
@@ -96,7 +96,7 @@ EXPECTED = {
 def test_each_arm_is_what_its_name_says(arm: str) -> None:
     config = composed(arm)
     assert config.arm == arm
-    assert config.optimizer.lr == config.tuned[arm].lr
+    assert config.optimizer.lr == config.tuned.cifar10[arm].lr
     balance = instantiate(config.balance, _convert_="all")
     assert isinstance(balance, Balance)
     start, _ = balance(progress=0.5, epoch=2)
@@ -231,26 +231,46 @@ def test_a_stage_is_trained_collected_and_gone_on_with(tmp_path: Path) -> None:
     assert "6 runs are in" in run_study("explore", *small, "seed=0,1")
 
 
-def test_choose_writes_the_rate_and_decay_with_the_best_mean(
+def test_each_large_set_has_its_best_rate_and_decay_and_the_small_ones_the_best_of_both(
     tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {(0.001, 0.1): (0.5, 0.7), (0.003, 0.1): (0.55, 0.56), (0.01, 0.0): (0.1, 0.1)}
+    pairs = [(0.001, 0.1), (0.003, 0.1), (0.01, 0.0)]
+    scores = {"cifar10": (0.40, 0.38, 0.10), "fashion_mnist": (0.70, 0.75, 0.76)}
     runs = [
-        {"arm": arm, "lr": lr, "weight_decay": decay, "seed": seed, "values": {study.METRIC: x + shift * lr}}
-        for arm, shift in (("vicreg", 0), ("simclr", 100))
-        for (lr, decay), values in scores.items()
-        for seed, x in enumerate(values)
+        {"data": data, "arm": arm, "lr": lr, "weight_decay": decay, "values": {study.METRIC: x}}
+        for arm in study.SEARCHED
+        for data, found in scores.items()
+        for (lr, decay), x in zip(pairs, reversed(found) if arm == "simclr" else found, strict=True)
+        if "barlow" not in arm or data == "cifar10"
     ]
-    runs += [x | {"arm": arm} for x in runs if x["arm"] == "simclr" for arm in study.SEARCHED[2:]]
     (tmp_path / "search.json").write_text(json.dumps({"runs": runs}))
     (tmp_path / "conf" / "tuned").mkdir(parents=True)
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "HERE", tmp_path)
     study.choose()
-    chosen = OmegaConf.load(tmp_path / "conf" / "tuned" / "chosen.yaml").tuned
-    assert sorted(chosen) == ARMS
-    assert chosen.simclr == chosen.simclr_information == {"lr": 0.01, "weight_decay": 0}
-    assert chosen.vicreg == chosen.vicreg_information == {"lr": 0.001, "weight_decay": 0.1}
+    tuned = OmegaConf.load(tmp_path / "conf" / "tuned" / "chosen.yaml").tuned
+    best = dict(zip(("first", "middle", "last"), ({"lr": x, "weight_decay": y} for x, y in pairs), strict=True))
+    expected = {
+        "cifar10": ("first", "last", "first"),
+        "fashion_mnist": ("last", "first", "first"),  # Barlow Twins was not tried there
+        **dict.fromkeys(("pneumonia", "retina", "digits"), ("middle", "middle", "first")),
+    }
+    for data, places in expected.items():
+        assert sorted(tuned[data]) == ARMS
+        for arm, place in zip(("vicreg", "simclr", "barlow_twins"), places, strict=True):
+            assert tuned[data][arm] == best[place], (data, arm)
+        assert tuned[data].simclr_information == tuned[data].simclr
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("fashion_mnist", "fashion_mnist"), ("pneumonia", "both"), ("retina", "both"), ("digits", "both")],
+)
+def test_a_run_takes_the_rate_of_its_data(data: str, name: str) -> None:
+    for arm in ("simclr", "adadim"):
+        config = composed(arm, f"study_{data}")
+        chosen = {key: config.optimizer[key] for key in ("lr", "weight_decay")}
+        assert chosen == config.tuned[name][arm]
 
 
 def test_a_variant_takes_the_rate_of_the_arm_whose_objective_it_varies(study: Any) -> None:
