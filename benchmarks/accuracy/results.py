@@ -122,6 +122,16 @@ def table(runs: Sequence[Run], metric: str = BALANCED) -> str:
     return "\n".join(lines)
 
 
+def verdict(runs: Sequence[Run]) -> str:
+    """On how many data sets the shipped form is above the better baseline, and how surely."""
+    gains = [found for data in _present(runs, "data") if (found := gain(runs, data, SHIPPED)) is not None]
+    above, sure = sum(x.mean > 0 for x in gains), sum(x.low > 0 for x in gains)
+    text = f"AdaDim as shipped is above the better of SimCLR and VICReg on {above} of {len(gains)} data sets"
+    text += f", on {sure} of them by an interval that leaves out zero" if above else ""
+    worse = sum(x.high < 0 for x in gains)
+    return text + (f", and below it on {worse} by such an interval." if worse else ".")
+
+
 def table_of_gains(runs: Sequence[Run]) -> str:
     """Every arm with its gain over the better baseline, the highest mean gain first."""
     sets = _present(runs, "data", list(DATA))
@@ -302,15 +312,17 @@ def _protocol(runs: Sequence[Run]) -> str:
 
 
 FINAL = """
-Accuracy of a linear probe on the test images, in percent, balanced over the classes: mean ± standard deviation
-over seeds. The last row is paired by seed, with its 95 % interval; it is bold where that leaves out zero.
+{verdict} Accuracy of a linear probe on the test images, in percent, balanced over the classes, mean ± standard
+deviation over seeds; the last row is paired by seed, with its 95 % interval, bold where that leaves out zero:
 
 {table}
 
 ![gain over the better of SimCLR and VICReg on each data set](images/results.png)
 
-{protocol} `uv run python benchmarks/accuracy/study.py final` trains them; the figures of each run are in
-[final.json](../benchmarks/results/accuracy/final.json).
+{protocol} Each arm has the learning rate and weight decay that were best for it on validation images, in a search
+that is the same for all ([chosen.yaml](../benchmarks/accuracy/conf/tuned/chosen.yaml), from
+[search.json](../benchmarks/results/accuracy/search.json)). The figures of each run are in
+[final.json](../benchmarks/results/accuracy/final.json), by `uv run python benchmarks/accuracy/study.py final`.
 
 ## Other probes
 
@@ -352,7 +364,9 @@ def page() -> tuple[str, dict[str, Figure]]:
         pictures["results"] = draw_gains(final)
         others = {metric: name for metric, name in FIGURES.items() if metric != BALANCED}
         probes = "\n\n".join(f"**{name}**\n\n{table(final, metric)}" for metric, name in others.items())
-        parts.append(FINAL.format(table=table(final), protocol=_protocol(final), probes=probes))
+        parts.append(
+            FINAL.format(verdict=verdict(final), table=table(final), protocol=_protocol(final), probes=probes)
+        )
     if explored:
         pictures["results_dynamics"] = draw_dynamics(explored)
         found = {"table": table_of_gains(explored), "dynamics": _dynamics(explored)}

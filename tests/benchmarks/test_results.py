@@ -1,0 +1,97 @@
+"""The page of results: its figures are those of the JSON files, and what it concludes follows from them."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "benchmarks" / "accuracy"
+METRIC = "evaluation/trained_linear_balanced"
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(STUDY))
+    return importlib.import_module("results")
+
+
+def run(
+    data: str, arm: str, seed: int, accuracy: float, h: Sequence[float] = (1, 2), i: Sequence[float] = (1, 2)
+) -> dict[str, Any]:
+    curves = {"step": list(range(1, len(h) + 1)), "dynamics/H_R": list(h), "dynamics/I_RZ": list(i)}
+    return {"data": data, "arm": arm, "seed": seed, "values": {METRIC: accuracy}, "curves": curves}
+
+
+def test_a_gain_is_the_paired_t_interval_over_the_better_baseline(results: Any) -> None:
+    draw = np.random.default_rng(0)
+    simclr, vicreg, adadim = draw.normal([[0.5], [0.6], [0.62]], 0.02, (3, 7))
+    runs = [
+        run("retina", arm, seed, value)
+        for arm, found in (("simclr", simclr), ("vicreg", vicreg), ("adadim", adadim))
+        for seed, value in reversed(list(enumerate(found)))
+    ]
+    found = results.gain(runs, "retina", "adadim")
+    expected = stats.ttest_rel(100 * adadim, 100 * vicreg)
+    interval = expected.confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((100 * (adadim - vicreg).mean(), *interval))
+    assert results.better_baseline(runs, "retina") == "vicreg"
+    assert results.gain(runs, "retina", "vicreg") is None
+    assert results.gain(runs, "cifar10", "adadim") is None
+
+
+def test_the_verdict_counts_what_is_above_and_what_is_sure(results: Any) -> None:
+    def data(name: str, gains: Sequence[float]) -> list[dict[str, Any]]:
+        baselines = [run(name, arm, seed, 0.5) for arm in ("simclr", "vicreg") for seed in range(len(gains))]
+        return baselines + [run(name, "adadim", seed, 0.5 + x) for seed, x in enumerate(gains)]
+
+    sure, maybe, worse = (
+        data("cifar10", [0.01, 0.011]),
+        data("retina", [0.3, -0.1]),
+        data("digits", [-0.01, -0.011]),
+    )
+    start = "AdaDim as shipped is above the better of SimCLR and VICReg on "
+    below = "and below it on 1 by such an interval."
+    assert (
+        results.verdict(sure + maybe)
+        == start + "2 of 2 data sets, on 1 of them by an interval that leaves out zero."
+    )
+    assert results.verdict(sure + maybe + worse) == (
+        start + f"2 of 3 data sets, on 1 of them by an interval that leaves out zero, {below}"
+    )
+    assert results.verdict(worse) == start + f"0 of 1 data sets, {below}"
+
+
+def test_the_table_has_the_mean_and_deviation_of_each_arm_and_marks_the_best(results: Any) -> None:
+    runs = [run("cifar10", "simclr", seed, x) for seed, x in enumerate((0.4, 0.5))]
+    runs += [run("cifar10", "vicreg", seed, x) for seed, x in enumerate((0.3, 0.3))]
+    runs += [run("digits", "vicreg", 0, 0.25)]
+    lines = results.table(runs).splitlines()
+    assert lines[0] == "| | CIFAR-10 | digits |"
+    assert lines[2:] == ["| SimCLR | **45.0 ± 7.1** | - |", "| VICReg | 30.0 ± 0.0 | **25.0** |"]
+
+
+def test_a_claim_holds_where_the_curves_show_it(results: Any) -> None:
+    up, flat, down = [1, 2, 3, 4, 5, 6, 7], [1, 4, 5, 5, 5, 5, 5], [7, 6, 5, 4, 3, 2, 1]
+    for h, i, holds in ((up, up, True), (up, down, False), (down, up, False)):
+        assert results.rise_together([run("digits", "vicreg", 0, 0.5, h, i)], "digits") == holds
+    for i, holds in ((flat, True), (down, True), (up, False)):
+        assert results.flattens([run("digits", "simclr", 0, 0.5, up, i)], "digits") == holds
+    ends = {"simclr": (1, 1), "adadim": (2, 2), "vicreg": (3, 3)}
+    for best in ends:
+        runs = [run("digits", arm, 0, 0.5 + (arm == best), *([0, x] for x in end)) for arm, end in ends.items()]
+        assert results.neither_extreme(runs, "digits") == (best == "adadim")
+
+
+def test_changes_are_those_of_the_mean_over_seeds(results: Any) -> None:
+    curves = [[1.0, 2.0, 4.0, 4.0], [3.0, 4.0, 4.0, 8.0]]
+    runs = [run("digits", "vicreg", seed, 0.5, x, x) for seed, x in enumerate(curves)]
+    mean = [fmean(x) for x in zip(*curves, strict=True)]  # at steps 1 to 4; a third of them is step 4/3
+    found = results.changes(runs, "digits", "vicreg")
+    assert found["H_early"] == pytest.approx((mean[1] - mean[0]) / 3)
+    assert found["I_late"] == pytest.approx(mean[3] - (mean[1] + 2 * mean[2]) / 3)
