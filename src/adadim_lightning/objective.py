@@ -80,7 +80,7 @@ class AdaDimLoss(nn.Module):
             decorrelation; or anything that is not a finite number.
 
     Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
-    paper's form; ``"match"`` and the floor are ours. What adadim-train ships is ``AdaDimLoss(alpha=0.5, gamma=2,
+    paper's form; ``"match"`` and the floor are ours. What adadim-train ships is ``AdaDimLoss(alpha=0.5, gamma=1,
     kappa="match", information_floor=0)``.
 
     Example:

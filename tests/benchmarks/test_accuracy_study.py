@@ -84,11 +84,11 @@ EXPECTED = {
     "simclr_information": (1, 1, 1, 1, 1),
     "vicreg_information": (0, 0, 1, 1, 1),
     "adadim_gamma_0": (0.5, 0.125, 0.125, 0, "match"),
-    "adadim_gamma_1": (0.5, 0.125, 0.125, 1, "match"),
+    "adadim_gamma_2": (0.5, 0.125, 0.125, 2, "match"),
     "adadim_gamma_4": (0.5, 0.125, 0.125, 4, "match"),
-    "adadim_fixed_50": (0.5, 0.5, 0.5, 2, "match"),
-    "adadim_barlow_twins": (0.5, 0.125, 0.125, 2, "match"),
-    "adadim": (0.5, 0.125, 0.125, 2, "match"),
+    "adadim_fixed_50": (0.5, 0.5, 0.5, 1, "match"),
+    "adadim_barlow_twins": (0.5, 0.125, 0.125, 1, "match"),
+    "adadim": (0.5, 0.125, 0.125, 1, "match"),
 }
 
 
