@@ -32,7 +32,7 @@ def main() -> None:
     module = AdaDimModule(
         backbone=SmallConvNet(in_channels=1, channels=(32, 64, 128)),
         projection_head=projection_head(128, hidden_dim=256, out_dim=128, layers=2),
-        objective=AdaDimLoss(gamma=1.0, kappa="match", temperature=0.2),
+        objective=AdaDimLoss(gamma=1.0, temperature=0.2),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3),
     )
     balance = Balance(EffectiveRankSchedule(normalizer="min", alpha_max=0.9), every_n_steps=50)

@@ -104,9 +104,9 @@ def test_a_setting_outside_its_range_is_named(make, named: str) -> None:
 
 @pytest.mark.parametrize("er_z", [1.0, 1.49, math.nan, math.inf])
 def test_while_z_is_collapsed_alpha_follows_the_fallback_within_the_caps(er_z: float) -> None:
-    schedule = EffectiveRankSchedule(alpha_max=0.6, fallback=LinearSchedule())
+    schedule = EffectiveRankSchedule(start=0.1, alpha_max=0.6, fallback=LinearSchedule())
     assert [schedule(progress, measured(er_z=er_z)) for progress in (0.25, 0.5, 1.0)] == [0.25, 0.5, 0.6]
-    assert schedule(0.25, None) == 0.0
+    assert schedule(0.25, None) == 0.1
 
 
 def test_a_rank_that_is_well_is_followed_whether_there_is_a_fallback_or_not() -> None:
@@ -129,8 +129,8 @@ def test_an_estimate_that_is_not_finite_does_not_stay_in_the_running_mean() -> N
 
 
 def test_the_first_estimate_starts_the_running_mean_and_later_ones_enter_it() -> None:
-    balance = Balance(EffectiveRankSchedule(64.0), ema=0.9)
-    assert balance(0.0, 0) == (0.0, 0.0)
+    balance = Balance(EffectiveRankSchedule(64.0, start=0.1), ema=0.9)
+    assert balance(0.0, 0) == (0.1, 0.1)
     balance.observe(measured(er_z=32.0))
     assert balance(0.0, 0)[0] == pytest.approx(0.5)
     balance.observe(measured(er_z=16.0, rows=99))

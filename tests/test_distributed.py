@@ -19,7 +19,7 @@ from tests.helpers import Recorder, fit, fixed_batches, held_out, some_digits, t
 from tests.metrics.conftest import two_processes  # noqa: F401
 from tests.metrics.distributed import Processes
 
-OFF = {"invariance_weight": 0.0, "variance_weight": 0.0, "covariance_weight": 0.0, "gamma": 1.0}
+OFF = {"invariance_weight": 0.0, "variance_weight": 0.0, "covariance_weight": 0.0, "gamma": 1.0, "kappa": 1.0}
 # Settings of the loss, alpha, and the phase of beta.
 PARTS: dict[str, tuple[dict[str, Any], float, float]] = {
     "invariance": (OFF | {"invariance_weight": 25.0}, 0.0, 0.0),
@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[dict[str, Any], float, float]] = {
     "uniformity": (OFF, 1.0, 0.0),
     "information": (OFF, 0.0, 1.0),
     "information of order 1": (OFF | {"order": 1.0}, 0.0, 1.0),
-    "total": ({"gamma": 0.3}, 0.4, 0.4),
+    "total": ({"gamma": 0.3, "kappa": 1.0}, 0.4, 0.4),
     "total with matched kappa": ({"gamma": 0.3, "kappa": "match"}, 0.4, 0.4),
 }
 
@@ -106,7 +106,7 @@ def test_one_process_gets_its_own_tensors_back() -> None:
 
 
 STEPS, BATCH, EPOCHS = 4, 8, 3
-SGD = partial(torch.optim.SGD, lr=0.05)  # Adam would turn the rounding of a zero gradient into a full step
+SGD = partial(torch.optim.SGD, lr=0.01)  # Adam would turn the rounding of a zero gradient into a full step
 
 
 def callbacks() -> list[Any]:

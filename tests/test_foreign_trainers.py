@@ -108,7 +108,7 @@ def steering(**options: Any) -> AdaDim:
 def moving() -> AdaDim:
     """Alpha follows the rank of every second step."""
     balance = Balance(EffectiveRankSchedule(), every_n_steps=2, window=64)
-    return AdaDim(native_loss="sample_contrastive", balance=balance, window=64)
+    return AdaDim(native_loss="sample_contrastive", objective=AdaDimLoss(kappa=1), balance=balance, window=64)
 
 
 def fit(module: Any, data: Any, *callbacks: Any, package: Any = lightning.pytorch, **options: Any) -> Any:

@@ -162,7 +162,7 @@ def backward(module: AdaDimModule) -> None:
 @every_optimizer
 @pytest.mark.parametrize("gradient", [1.0, math.nan])
 def test_a_tripped_step_leaves_the_weights_bit_for_bit(make, gradient: float) -> None:
-    module, untouched = tiny_module(), tiny_module()
+    module, untouched = (tiny_module(objective=AdaDimLoss(kappa=1)) for _ in range(2))
     optimizer = make(module.parameters())
     backward(module)
     for p in module.parameters():

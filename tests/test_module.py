@@ -45,14 +45,14 @@ def test_forward_returns_the_representation() -> None:
 
 def test_the_loss_parts_are_logged_under_the_agreed_names() -> None:
     recorder = Recorder()
-    fit(tiny_module(objective=AdaDimLoss(alpha=0.4)), fixed_batches(3), recorder)
+    fit(tiny_module(objective=AdaDimLoss(alpha=0.4, kappa=2.0)), fixed_batches(3), recorder)
     logged = recorder.logged[0]
     weighted = {"decorrelation", "uniformity", "information"}
     assert set(logged) == (
         {"loss/total"} | {f"loss/{part}" for part in PARTS} | {f"loss_weighted/{part}" for part in weighted}
     )
     assert sum(logged[f"loss_weighted/{part}"] for part in weighted) == pytest.approx(logged["loss/total"])
-    assert logged["loss_weighted/uniformity"] == pytest.approx(0.4 * logged["loss/uniformity"])
+    assert logged["loss_weighted/uniformity"] == pytest.approx(0.4 * 2 * logged["loss/uniformity"])
 
 
 def test_the_logged_loss_is_the_mean_of_the_objective_over_the_steps() -> None:
@@ -136,7 +136,7 @@ def test_views_of_different_shapes_are_an_error() -> None:
 def test_each_module_has_an_objective_of_its_own() -> None:
     first, second = tiny_module(), tiny_module()
     first.objective.set_balance(1.0)
-    assert float(second.objective.alpha) == 0.0
+    assert float(second.objective.alpha) == 0.5
 
 
 def test_validation_computes_r_of_clean_images_and_changes_nothing() -> None:

@@ -30,7 +30,7 @@ def gradients(loss: Tensor, inputs: Views) -> list[Tensor]:
 @pytest.mark.parametrize("temperature", [0.1, 0.2, 1.0])
 def test_with_alpha_one_and_gamma_zero_it_is_simclr(temperature: float) -> None:
     rows = views()
-    ours = AdaDimLoss(alpha=1, gamma=0, temperature=temperature)(*rows).total
+    ours = AdaDimLoss(alpha=1, gamma=0, kappa=1, temperature=temperature)(*rows).total
     theirs = NTXentLoss(temperature=temperature)(*rows[2:])
     torch.testing.assert_close(ours, theirs)
     for mine, reference in zip(gradients(ours, rows), gradients(theirs, rows), strict=True):
@@ -102,7 +102,8 @@ def test_the_weighted_parts_sum_to_the_total_and_all_parts_are_named_and_detache
 
 def test_barlow_twins_takes_the_place_of_vicreg() -> None:
     rows = views()
-    loss = AdaDimLoss(alpha=0.3, gamma=0.0, decorrelation="barlow_twins", redundancy_weight=0.02, temperature=0.5)
+    options = {"decorrelation": "barlow_twins", "redundancy_weight": 0.02, "temperature": 0.5}
+    loss = AdaDimLoss(alpha=0.3, gamma=0.0, kappa=1.0, **options)
     output = loss(*rows)
     theirs = barlow_twins_loss(rows[2], rows[3], redundancy_weight=0.02)
     torch.testing.assert_close(output.parts["decorrelation"], theirs.detach())
@@ -310,7 +311,7 @@ def test_a_part_that_counts_nothing_takes_no_time_in_backward(alpha: float, gamm
         return operations.count
 
     rows = views()
-    lean, whole = AdaDimLoss(alpha=alpha, gamma=gamma), AdaDimLoss(alpha=0.5, gamma=1.0)
+    lean, whole = AdaDimLoss(alpha=alpha, gamma=gamma, kappa=1), AdaDimLoss(alpha=0.5, gamma=1.0, kappa=1)
     whole.alpha.fill_(alpha)
     whole.beta.fill_(alpha * gamma)
     ours, theirs = lean(*rows), whole(*rows)

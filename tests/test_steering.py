@@ -253,7 +253,7 @@ def test_observing_logs_what_steering_would_do_and_does_nothing() -> None:
         steering = AdaDim(
             native_loss="dimension_contrastive",
             observe=observe,
-            objective=AdaDimLoss(gamma=GAMMA),
+            objective=AdaDimLoss(gamma=GAMMA, kappa=1),  # which does not move while it only observes
             balance=constant(),
             momentum=None,
         )

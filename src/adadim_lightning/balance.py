@@ -175,7 +175,7 @@ class EffectiveRankSchedule:
     """
 
     normalizer: Literal["dim", "min"] | float = "min"
-    start: float = 0.0
+    start: float = 0.5
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     fallback: Schedule | None = None

@@ -79,9 +79,8 @@ class AdaDimLoss(nn.Module):
         ValueError: alpha outside ``[0, 1]``; temperature, order, kappa or eps <= 0; a weight < 0; an unknown
             decorrelation; or anything that is not a finite number.
 
-    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576. The default kappa, gamma and order are the
-    paper's form; ``"match"`` and the floor are ours. What adadim-train ships is ``AdaDimLoss(alpha=0.5, gamma=1,
-    kappa="match", information_floor=0)``.
+    Source: Kokilepersaud et al., "AdaDim", arXiv 2505.12576, whose form is ``AdaDimLoss(alpha=0, gamma=0.1,
+    kappa=1, information_floor=None)``; the defaults are ours.
 
     Example:
         >>> loss = AdaDimLoss(alpha=0.5)
@@ -99,12 +98,12 @@ class AdaDimLoss(nn.Module):
     def __init__(
         self,
         *,
-        alpha: float = 0.0,
-        gamma: float = 0.1,
-        kappa: float | Literal["match"] = 1.0,
+        alpha: float = 0.5,
+        gamma: float = 1.0,
+        kappa: float | Literal["match"] = "match",
         temperature: float = 0.2,
         order: float = 2.0,
-        information_floor: float | None = None,
+        information_floor: float | None = 0.0,
         decorrelation: Decorrelation = "vicreg",
         redundancy_weight: float = 0.005,
         invariance_weight: float = 25.0,

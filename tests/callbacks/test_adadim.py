@@ -26,25 +26,25 @@ def rank(x: Tensor, **how) -> float:
 
 
 def paper() -> Balance:
-    return Balance(EffectiveRankSchedule("dim"), every_n_steps=None, window=1, views="first", ema=0.0)
+    return Balance(EffectiveRankSchedule("dim", start=0.0), every_n_steps=None, window=1, views="first", ema=0.0)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["rows shared with the log", "rows of its own"])
-def test_alpha_is_zero_before_the_first_estimate_and_then_the_running_mean_of_the_rank(shared: bool) -> None:
+def test_alpha_is_a_half_before_the_first_estimate_and_then_the_running_mean_of_the_rank(shared: bool) -> None:
     recorder = Recorder()
     balance = Balance(EffectiveRankSchedule(), every_n_steps=3, window=3 * ROWS, ema=0.5)
     steering = AdaDim(balance=balance, every_n_steps=3, window=(3 if shared else 1) * ROWS)
     assert steering.shares_rows == shared
     fit(tiny_module(), fixed_batches(12), steering, recorder)
-    estimate, expected = None, [0.0] * 3
+    estimate, expected = None, [0.5] * 3
     for begin in (0, 3, 6):
         new = rank(recorder.rows(1, [begin, begin + 1, begin + 2]))
         estimate = new if estimate is None else 0.5 * estimate + 0.5 * new
         expected += [estimate / DIM_Z] * 3
     assert recorder.alphas == pytest.approx(expected, rel=1e-4)
-    assert recorder.betas == pytest.approx([0.1 * alpha for alpha in expected], rel=1e-4)
+    assert recorder.betas == pytest.approx(expected, rel=1e-4)  # gamma is 1
     assert recorder.logged[0]["balance/alpha"] == pytest.approx(expected[-1], rel=1e-4)
-    assert recorder.logged[0]["balance/beta"] == pytest.approx(0.1 * expected[-1], rel=1e-4)
+    assert recorder.logged[0]["balance/beta"] == pytest.approx(expected[-1], rel=1e-4)
 
 
 def test_only_the_window_before_a_reading_enters_alpha() -> None:
@@ -52,7 +52,7 @@ def test_only_the_window_before_a_reading_enters_alpha() -> None:
     balance = Balance(EffectiveRankSchedule(), every_n_steps=5, window=2 * ROWS, ema=0.0)
     fit(tiny_module(), fixed_batches(15), AdaDim(balance=balance, every_n_steps=5, window=2 * ROWS), recorder)
     first, second = rank(recorder.rows(1, [3, 4])), rank(recorder.rows(1, [8, 9]))
-    assert recorder.alphas[:5] == [0.0] * 5
+    assert recorder.alphas[:5] == [0.5] * 5
     assert recorder.alphas[5:] == pytest.approx([first / DIM_Z] * 5 + [second / DIM_Z] * 5, rel=1e-4)
 
 
@@ -61,7 +61,7 @@ def test_with_fewer_rows_than_dimensions_the_rows_normalize() -> None:
     balance = Balance(EffectiveRankSchedule(), every_n_steps=1, window=1, ema=0.0)
     fit(tiny_module(), fixed_batches(3, batch_size=2), AdaDim(balance=balance), recorder)
     expected = [rank(z) / 4 for _, z in recorder.steps]
-    assert recorder.alphas == pytest.approx([0.0, *expected[:2]], rel=1e-4)
+    assert recorder.alphas == pytest.approx([0.5, *expected[:2]], rel=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"spectrum": "eigen"}, {"center": True}], ids=str)
@@ -111,9 +111,9 @@ def test_progress_counts_optimizer_steps_when_gradients_are_accumulated() -> Non
 def test_a_constant_leaves_alpha_and_beta_where_they_are() -> None:
     recorder = Recorder()
     steering = AdaDim(balance=Balance(ConstantSchedule(0.7), ConstantSchedule(0.2)))
-    fit(tiny_module(), fixed_batches(3), steering, recorder, max_epochs=2)
+    fit(tiny_module(objective=AdaDimLoss(gamma=0.3)), fixed_batches(3), steering, recorder, max_epochs=2)
     assert recorder.alphas == pytest.approx([0.7] * 6)
-    assert recorder.betas == pytest.approx([0.1 * 0.2] * 6)
+    assert recorder.betas == pytest.approx([0.3 * 0.2] * 6)
 
 
 def test_a_schedule_is_handed_what_was_measured() -> None:

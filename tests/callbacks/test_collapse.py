@@ -62,7 +62,8 @@ def digits_module(*, alpha: float = 0.0, gamma: float = 0.1, lr: float = 3e-3, *
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), norms[0], nn.ReLU(), nn.Linear(128, 64))
     head = nn.Sequential(nn.Linear(64, 128), norms[1], nn.ReLU(), nn.Linear(128, 64))
     optimizer = partial(torch.optim.AdamW, lr=lr)
-    return AdaDimModule(backbone, head, AdaDimLoss(alpha=alpha, gamma=gamma), optimizer, **options)
+    objective = AdaDimLoss(alpha=alpha, gamma=gamma, kappa=1, information_floor=None)
+    return AdaDimModule(backbone, head, objective, optimizer, **options)
 
 
 def at_hand(batches: int, batch_size: int) -> DataLoader[Any]:
@@ -148,7 +149,8 @@ def collapsing_z(lr: float = 0.3) -> AdaDimModule:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
     head = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
     optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9)
-    return AdaDimModule(backbone, head, AdaDimLoss(alpha=1.0, gamma=3.0), optimizer)
+    objective = AdaDimLoss(alpha=1.0, gamma=3.0, kappa=1, information_floor=None)
+    return AdaDimModule(backbone, head, objective, optimizer)
 
 
 def test_an_embedding_that_recovers_and_collapses_again_is_told_of_twice() -> None:

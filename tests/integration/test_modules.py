@@ -147,7 +147,7 @@ def batches(crops: tuple[int, ...], number: int, *, shuffle: bool = False) -> Da
 
 def constant_alpha() -> dict[str, Any]:
     return {
-        "objective": AdaDimLoss(gamma=GAMMA),
+        "objective": AdaDimLoss(gamma=GAMMA, kappa=1, information_floor=None),
         "balance": Balance(ConstantSchedule(ALPHA)),
         "weight": WEIGHT,
     }

@@ -23,6 +23,7 @@ from stable_pretraining import forward  # noqa: E402
 
 from adadim_lightning import (  # noqa: E402
     AdaDim,
+    AdaDimLoss,
     Balance,
     ConstantSchedule,
     DimensionMonitor,
@@ -201,6 +202,7 @@ def test_observing_logs_what_steering_would_do_and_changes_nothing(representatio
         representation,
         observe=True,
         native_loss="sample_contrastive",
+        objective=AdaDimLoss(gamma=gamma, kappa=1, information_floor=None),
         balance=Balance(ConstantSchedule(alpha)),
     )
     fit(module, watching, recorder, losses)

@@ -103,7 +103,7 @@ def gradients_of_dropin(accumulated: int) -> Steps:
     module = Foreign("other")
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
     balance = Balance(EffectiveRankSchedule(start=0.4), window=10_000)
-    steering = AdaDim(native_loss="other", objective=AdaDimLoss(gamma=0.3), balance=balance)
+    steering = AdaDim(native_loss="other", objective=AdaDimLoss(gamma=0.3, kappa=1), balance=balance)
     return gradients_of(module, steering, accumulate_grad_batches=accumulated)
 
 
@@ -115,7 +115,7 @@ def all_gradients() -> dict[str, dict[int, Steps]]:
 
 def weights_of(used: Trainer, *, batch_norm: bool = False) -> dict[str, Tensor]:
     """Those that a trainer leads to."""
-    module = module_of(AdaDimLoss(alpha=0.3), lr=0.05, batch_norm=batch_norm)
+    module = module_of(AdaDimLoss(alpha=0.3, kappa=1), lr=0.05, batch_norm=batch_norm)
     used.fit(module, Shares())
     return {name: x.detach().cpu() for name, x in module.state_dict().items()}
 
