@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -28,9 +29,9 @@ def spectra(epochs: int, dim: int = 6) -> dict[str, np.ndarray]:
     return {"epoch": np.arange(epochs), "R": 5 * decay, "Z": decay}
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def pixels(figure: Figure, dpi: int = 40) -> np.ndarray:
     file = io.BytesIO()
-    figure.savefig(file, dpi=40)
+    figure.savefig(file, dpi=dpi)
     file.seek(0)
     return imread(file)
 
@@ -85,3 +86,23 @@ def test_a_negative_beta_is_inside_the_picture() -> None:
     low, high = panels(draw_dynamics(columns, spectra(4)))["Balance"].get_ylim()
     assert low <= -0.5
     assert high >= 1.0
+
+
+def test_alpha_is_seen_where_beta_equals_it() -> None:
+    columns = history(40)
+    columns["balance/beta"] = columns["balance/alpha"]
+    axes = panels(draw_dynamics(columns, spectra(40)))["Balance"]
+    alpha, beta = axes.lines
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+
+    def blue() -> int:
+        """Points of alpha's color in the picture."""
+        return int(
+            (np.abs(pixels(figure, dpi=120)[..., :3] - to_rgb(alpha.get_color())).max(axis=-1) < 0.15).sum()
+        )
+
+    axes.get_legend().set_visible(False)
+    seen = blue()
+    beta.set_linestyle("-")
+    assert seen > blue() + 20

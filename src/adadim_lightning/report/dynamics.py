@@ -78,9 +78,10 @@ def _curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], 
     if title:
         axes.set_title(title, loc="left", fontweight="bold")
     marker = "o" if len(epoch) == 1 else None
-    for key, label, color in curves:
+    # A dashed line shows the one that it runs over, as beta over alpha where gamma is 1.
+    for (key, label, color), line in zip(curves, ("-", "--", ":"), strict=False):
         if key in history:
-            axes.plot(epoch, history[key], label=label, color=color, marker=marker, linewidth=1.8)
+            axes.plot(epoch, history[key], line, label=label, color=color, marker=marker, linewidth=1.8)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
