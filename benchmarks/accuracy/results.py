@@ -311,6 +311,15 @@ def _protocol(runs: Sequence[Run]) -> str:
     )
 
 
+def _searched_before(searched: Sequence[Run], final: Sequence[Run]) -> str:
+    """What was chosen after the shipped form's learning rate, which was searched without it."""
+    then, now = ({x["objective"]["gamma"] for x in runs if x["arm"] == SHIPPED} for runs in (searched, final))
+    if then == now or not then:
+        return ""
+    text = f" AdaDim's was searched with gamma {max(then):g}, before gamma {max(now):g} was chosen"
+    return f"{text} from the arms below."
+
+
 FINAL = """
 {verdict} Accuracy of a linear probe on the test images, in percent, balanced over the classes, mean ± standard
 deviation over seeds; the last row is paired by seed, with its 95 % interval, bold where that leaves out zero:
@@ -321,7 +330,7 @@ deviation over seeds; the last row is paired by seed, with its 95 % interval, bo
 
 {protocol} Each arm has the learning rate and weight decay that were best for it on validation images, in a search
 that is the same for all ([chosen.yaml](../benchmarks/accuracy/conf/tuned/chosen.yaml), from
-[search.json](../benchmarks/results/accuracy/search.json)). The figures of each run are in
+[search.json](../benchmarks/results/accuracy/search.json)).{before} The figures of each run are in
 [final.json](../benchmarks/results/accuracy/final.json), by `uv run python benchmarks/accuracy/study.py final`.
 
 ## Other probes
@@ -365,7 +374,13 @@ def page() -> tuple[str, dict[str, Figure]]:
         others = {metric: name for metric, name in FIGURES.items() if metric != BALANCED}
         probes = "\n\n".join(f"**{name}**\n\n{table(final, metric)}" for metric, name in others.items())
         parts.append(
-            FINAL.format(verdict=verdict(final), table=table(final), protocol=_protocol(final), probes=probes)
+            FINAL.format(
+                verdict=verdict(final),
+                table=table(final),
+                protocol=_protocol(final),
+                before=_searched_before(load("search"), final),
+                probes=probes,
+            )
         )
     if explored:
         pictures["results_dynamics"] = draw_dynamics(explored)

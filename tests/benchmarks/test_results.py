@@ -95,3 +95,26 @@ def test_changes_are_those_of_the_mean_over_seeds(results: Any) -> None:
     found = results.changes(runs, "digits", "vicreg")
     assert found["H_early"] == pytest.approx((mean[1] - mean[0]) / 3)
     assert found["I_late"] == pytest.approx(mean[3] - (mean[1] + 2 * mean[2]) / 3)
+
+
+def test_a_search_with_another_gamma_is_told(results: Any) -> None:
+    then, now = ([run("digits", "adadim", 0, 0.5) | {"objective": {"gamma": x}}] for x in (2.0, 1.0))
+    assert "searched with gamma 2, before gamma 1 was chosen" in results._searched_before(then, now)
+    assert results._searched_before(now, now) == results._searched_before([], now) == ""
+
+
+def test_the_final_runs_are_those_that_were_frozen(results: Any) -> None:
+    """Each at the rate that was chosen for it, on the test images, with every arm for every seed."""
+    import study
+    from omegaconf import OmegaConf
+
+    runs = results.load("final")
+    chosen = OmegaConf.load(STUDY / "conf" / "tuned" / "chosen.yaml").tuned
+    for x in runs:
+        assert x["split"] == "test"
+        assert {key: x[key] for key in ("lr", "weight_decay")} == chosen[x["data"]][x["arm"]]
+    done = {(x["data"], x["seed"]) for x in runs}
+    assert {(x["data"], x["seed"], x["arm"]) for x in runs} == {
+        (*y, arm) for y in done for arm in study.FINAL_ARMS
+    }
+    assert len(runs) == len(done) * len(study.FINAL_ARMS)
