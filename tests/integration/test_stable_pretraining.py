@@ -229,11 +229,11 @@ def test_observing_logs_what_steering_would_do_and_changes_nothing(representatio
 
 def test_observing_logs_the_alpha_that_the_rank_of_z_asks_for() -> None:
     recorder = Recorder("backbone", "projector")
-    balance = Balance(EffectiveRankSchedule(), every_n_steps=STEPS)
+    balance = Balance(EffectiveRankSchedule(start=0.25), every_n_steps=STEPS)
     fit(simclr(), AdaDim(observe=True, native_loss="sample_contrastive", balance=balance), recorder)
     first_epoch = rank_by_hand(torch.cat([z for _, z in recorder.epochs[0]]))
     alphas = [logged["balance/alpha"] for logged in recorder.logged]
-    assert alphas == pytest.approx([0.0, first_epoch / 8], rel=1e-4)
+    assert alphas == pytest.approx([0.25, first_epoch / 8], rel=1e-4)
 
 
 @pytest.mark.parametrize("representation", [None, "embedding"])
