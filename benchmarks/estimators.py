@@ -53,7 +53,7 @@ def rank_contestants(n: int, d: int) -> tuple[Contestant, Contestant]:
 def objective_contestants(n: int, d_r: int, d_z: int) -> tuple[Contestant, Contestant]:
     r = [torch.randn(n, d_r, requires_grad=True) for _ in range(2)]
     z = [torch.randn(n, d_z, requires_grad=True) for _ in range(2)]
-    loss = AdaDimLoss(alpha=0.5, gamma=0.1, halve_variance=True)
+    loss = AdaDimLoss(alpha=0.5, gamma=0.1, kappa=1, halve_variance=True)
     vicreg, nt_xent = VICRegLoss(), NTXentLoss(temperature=0.2)
 
     def ours() -> None:

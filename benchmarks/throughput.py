@@ -186,7 +186,7 @@ class Bench:
         )
         module = AdaDimModule(
             *self.model(),
-            AdaDimLoss(alpha=0.5),
+            AdaDimLoss(alpha=0.5, gamma=0.1, kappa=1),
             sgd,
             channels_last=True,
         )
@@ -202,7 +202,7 @@ class Bench:
         """Forward, objective and backward on one batch that lies on the device."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone, head = (x.to(device) for x in self.model())
-        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5), channels_last=True)
+        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5, gamma=0.1, kappa=1), channels_last=True)
         optimizer = sgd(module.parameters())
         views = torch.randn(2 * self.options.batch_size, 3, SIZE, SIZE, device=device)
         clock = Clock()
@@ -221,7 +221,9 @@ class Bench:
         """Milliseconds of each stage for one batch, one after another, in this process."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone, head = (x.to(device) for x in self.model())
-        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5), channels_last=True).to(device)
+        module = AdaDimModule(backbone, head, AdaDimLoss(alpha=0.5, gamma=0.1, kappa=1), channels_last=True).to(
+            device
+        )
         source, size = MemoryImages(self.images.to(device)), self.options.batch_size
         two_views, clock = self.views("kornia"), Clock()
         names = ("load", "views", "forward", "objective", "backward")

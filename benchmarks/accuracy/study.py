@@ -183,10 +183,12 @@ def choose() -> None:
 
     Each of the large sets has its own; those with few images for validation take what was best on both together.
     """
-    scores: dict[str, dict[str, dict[Pair, float]]] = defaultdict(lambda: defaultdict(dict))
+    scores: dict[str, dict[str, dict[Pair, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for record in json.loads((RESULTS / "search.json").read_text())["runs"]:
         pair = record["lr"], record["weight_decay"]
-        scores[record["arm"]][record["data"]][pair] = record["values"][METRIC]
+        scores[record["arm"]][record["data"]][pair].append(record["values"][METRIC])
     lines = ["# @package _global_", "# Learning rate and weight decay of each arm, by `study.py choose`", "tuned:"]
     for name, sets in {**{x: [x] for x in LARGE}, "both": LARGE}.items():
         lines.append(f"  {name}:")
@@ -194,7 +196,7 @@ def choose() -> None:
             tried = scores[family(arm)]
             found = [tried[x] for x in sets if x in tried] or list(tried.values())
             pairs = set(found[0]).intersection(*found)
-            rate, decay = max(sorted(pairs), key=lambda pair: fmean(x[pair] for x in found))
+            rate, decay = max(sorted(pairs), key=lambda pair: fmean(fmean(x[pair]) for x in found))
             lines.append(f"    {arm}: {{lr: {rate:g}, weight_decay: {decay:g}}}")
     lines += [f"  {name}: ${{tuned.both}}" for name in SMALL]
     path = HERE / "conf" / "tuned" / "chosen.yaml"

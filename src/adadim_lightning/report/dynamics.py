@@ -1,6 +1,7 @@
 """One picture of how a run's dimensionality moved."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def _curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], 
         axes.set_title(title, loc="left", fontweight="bold")
     marker = "o" if len(epoch) == 1 else None
     # A dashed line shows the one that it runs over, as beta over alpha where gamma is 1.
-    for (key, label, color), line in zip(curves, ("-", "--", ":"), strict=False):
+    for (key, label, color), line in zip(curves, cycle(("-", "--", ":")), strict=False):
         if key in history:
             axes.plot(epoch, history[key], line, label=label, color=color, marker=marker, linewidth=1.8)
     axes.set_xlabel("epoch")
