@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adadim_lightning import AdaDimLoss
 from adadim_lightning.functional import barlow_twins_loss, matrix_mutual_information, nt_xent_loss, vicreg_loss
+from adadim_lightning.objective import MATCH_EVERY
 
 Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -338,8 +339,25 @@ def test_eps_reaches_the_variance_part() -> None:
     assert not torch.isclose(loss, vicreg_loss(z[0], z[1]))
 
 
+def test_matched_kappa_stays_within_its_limit_where_z_has_collapsed() -> None:
+    """All rows of Z point one way, so that NT-Xent barely has a gradient; later it follows the norms again."""
+    generator = torch.Generator().manual_seed(0)
+    loss = AdaDimLoss(alpha=0.5, kappa="match")
+    r = torch.randn(2, 32, 8, generator=generator)
+    collapsed = 1e-3 * torch.randn(2, 32, 16, generator=generator) + torch.ones(16)
+    for _ in range(3 * MATCH_EVERY):
+        loss(*r, *collapsed.requires_grad_())
+    assert float(loss.kappa) == 100.0
+    assert float(loss.gradient_norms[0] / loss.gradient_norms[1]) > 100.0
+    spread = torch.randn(2, 32, 16, generator=generator).requires_grad_()
+    for _ in range(40 * MATCH_EVERY):
+        loss(*r, *spread)
+    assert float(loss.kappa) == pytest.approx(float(loss.gradient_norms[0] / loss.gradient_norms[1]))
+    assert 0.1 < float(loss.kappa) < 100.0
+
+
 def test_matching_survives_a_part_without_a_gradient() -> None:
     loss = AdaDimLoss(alpha=0.5, kappa="match")
     z = torch.randn(2, 4, 3, requires_grad=True)
     loss._match_gradients(z.square().sum(), 0.0 * z.sum(), [z])
-    assert bool(torch.isfinite(loss.kappa))
+    assert float(loss.kappa) == 100.0

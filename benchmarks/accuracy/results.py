@@ -51,8 +51,45 @@ NAMES = {
     "linear": "linear schedule",
     "cosine": "cosine schedule",
     "adadim": "**AdaDim, shipped**",
+    "adadim_gamma_0": "shipped, gamma 0: no information term",
+    "adadim_gamma_2": "shipped, gamma 2",
+    "adadim_gamma_4": "shipped, gamma 4",
+    "adadim_fixed_50": "shipped, but alpha fixed at 0.5",
+    "adadim_barlow_twins": "shipped, Barlow Twins as decorrelation",
     "adadim_paper": "AdaDim, the paper's form",
+    "adadim_paper_gamma_0": "paper's form, gamma 0",
+    "adadim_paper_gamma_1": "paper's form, gamma 1",
+    "one_batch_min": "paper's form, gamma 1, normalizer min(N, d_Z)",
+    "streaming_gamma_0": "streaming rank, gamma 0",
+    "streaming_gamma_0_1": "streaming rank, gamma 0.1",
+    "streaming_gamma_1": "streaming rank, gamma 1",
+    "streaming_gamma_minus_1": "streaming rank, gamma \N{MINUS SIGN}1",
+    "kappa_match": "streaming rank, gamma 1, kappa matched, floor 0",
+    "floor": "streaming rank, gamma 1, floor 0.3",
+    "order_1": "streaming rank, gamma 1, I of order 1",
+    "lagged": "streaming rank, gamma 1, beta of 4 epochs ago",
+    "reversed": "streaming rank, gamma 1, alpha reversed",
+    "simclr_information": "SimCLR and the information term, gamma 1",
+    "vicreg_information": "VICReg and the information term, gamma 1",
 }
+
+
+# Arms that differ in one thing: what it is, the arm with it, the arm without.
+PIECES = (
+    ("balance of both losses, no information term", "adadim_gamma_0", None),
+    ("information term, gamma 1, on that balance", "adadim", "adadim_gamma_0"),
+    ("information term, gamma 1, on SimCLR alone", "simclr_information", "simclr"),
+    ("information term, gamma 1, on VICReg alone", "vicreg_information", "vicreg"),
+    ("alpha from the effective rank, not fixed at 0.5", "adadim", "adadim_fixed_50"),
+    ("alpha from the effective rank, not from one minus it", "streaming_gamma_1", "reversed"),
+    ("gradients matched by kappa, floor 0", "kappa_match", "streaming_gamma_1"),
+    ("streaming rank, not that of one batch", "streaming_gamma_1", "one_batch_min"),
+    ("normalizer min(N, d_Z), not d_Z", "one_batch_min", "adadim_paper_gamma_1"),
+    ("beta lagged by 4 epochs, not of the moment", "lagged", "streaming_gamma_1"),
+    ("I of order 2, not of order 1", "streaming_gamma_1", "order_1"),
+    ("I(R;Z) lowered, not raised", "streaming_gamma_1", "streaming_gamma_minus_1"),
+    ("VICReg as decorrelation, not Barlow Twins", "adadim", "adadim_barlow_twins"),
+)
 
 
 def load(stage: str) -> list[Run]:
@@ -101,7 +138,7 @@ def _gain(difference: Difference | None) -> str:
         return "-"
     mean, low, high = (f"{x:+.1f}" for x in (difference.mean, difference.low, difference.high))
     text = f"{mean} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
-    return f"**{text}**" if difference.low > 0 else text
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
 def table(runs: Sequence[Run], metric: str = BALANCED) -> str:
@@ -146,6 +183,23 @@ def table_of_gains(runs: Sequence[Run]) -> str:
     for arm in sorted(arms, key=mean_gain, reverse=True):
         cells = [f"{_score(runs, data, arm, BALANCED)} | {_gain(gain(runs, data, arm))}" for data in sets]
         lines.append(f"| {_name(arm)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_of_pieces(runs: Sequence[Run]) -> str:
+    """What each piece of the method gains, by two arms that differ in it alone, paired by seed."""
+    sets = _present(runs, "data", list(DATA))
+    lines = ["| piece | " + " | ".join(DATA[x] for x in sets) + " |", "| --- |" + " --- |" * len(sets)]
+    for name, arm, other in PIECES:
+        cells = [
+            _gain(
+                gain(runs, data, arm)
+                if other is None
+                else paired_difference(values(runs, data, arm), values(runs, data, other))
+            )
+            for data in sets
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -349,6 +403,14 @@ the test images were looked at once, after that.
 [explore.json](../benchmarks/results/accuracy/explore.json) has the figures, and
 [benchmarks/accuracy/conf/arm](../benchmarks/accuracy/conf/arm) what each arm is.
 
+## Whose gain is it?
+
+Points that each piece of the method gains, by two arms that differ in it alone, paired by seed, with the 95 %
+interval, bold where it leaves out zero; a dash where one of the two was not trained. The first line is over the
+better of SimCLR and VICReg.
+
+{pieces}
+
 ## The dynamics
 
 Three claims of the paper, on these runs: (a) under decorrelation H(R) and I(R;Z) rise together early; (b) under
@@ -384,7 +446,11 @@ def page() -> tuple[str, dict[str, Figure]]:
         )
     if explored:
         pictures["results_dynamics"] = draw_dynamics(explored)
-        found = {"table": table_of_gains(explored), "dynamics": _dynamics(explored)}
+        found = {
+            "table": table_of_gains(explored),
+            "dynamics": _dynamics(explored),
+            "pieces": table_of_pieces(explored),
+        }
         parts.append(EXPLORED.format(protocol=_protocol(explored), **found))
     parts.append("## One GPU\n\n" + (f"{table(gpu)}\n\n{_protocol(gpu)}" if gpu else NO_GPU.strip()))
     for name in ("estimator_study", "cost"):

@@ -25,6 +25,7 @@ from adadim_lightning.functional.information import _renyi_information, cosine_g
 _GRADIENT_SCALE = 1024.0
 # Comparing the gradients takes as long as the losses' backward pass, and their ratio moves slowly.
 MATCH_EVERY, MATCH_WEIGHT = 10, 0.3
+KAPPA_LIMIT = 100.0  # where Z has collapsed, uniformity has next to no gradient, and the ratio would explode
 
 Decorrelation = Literal["vicreg", "barlow_twins"]
 
@@ -60,7 +61,7 @@ class AdaDimLoss(nn.Module):
         alpha: share of uniformity to begin with, in ``[0, 1]``.
         gamma: scale of the information regularizer; positive minimizes I(R;Z), negative maximizes it.
         kappa: factor on NT-Xent that brings both losses to comparable size; ``"match"`` keeps the norms of
-            their gradients at Z equal, by a running estimate of every tenth step.
+            their gradients at Z equal, by a running estimate of every tenth step, and at most 100.
         temperature: of NT-Xent, > 0.
         order: Renyi order q of the information; any but 2 costs three eigen-decompositions a step.
         information_floor: nats below which a positive gamma does not reward a lower information any more; None
@@ -315,7 +316,8 @@ class AdaDimLoss(nn.Module):
         norms = total.sqrt() / world_size()
         self.gradient_norms.lerp_(norms.to(self.gradient_norms.dtype), MATCH_WEIGHT)
         tiny = torch.finfo(self.gradient_norms.dtype).tiny
-        self.kappa.copy_(self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny))
+        ratio = self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny)
+        self.kappa.copy_(ratio.clamp_max(KAPPA_LIMIT))
 
 
 def _zero(**weights: float) -> frozenset[str]:

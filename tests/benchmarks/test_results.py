@@ -103,6 +103,27 @@ def test_a_search_with_another_gamma_is_told(results: Any) -> None:
     assert results._searched_before(now, now) == results._searched_before([], now) == ""
 
 
+def test_a_piece_gains_what_two_arms_differ_by_that_differ_in_it_alone(results: Any) -> None:
+    draw = np.random.default_rng(0)
+    with_it, without = draw.normal(0.5, 0.02, (2, 5))
+    runs = [run("cifar10", "adadim", seed, x) for seed, x in enumerate(with_it)]
+    runs += [run("cifar10", "adadim_gamma_0", seed, x) for seed, x in reversed(list(enumerate(without)))]
+    expected = stats.ttest_rel(100 * with_it, 100 * without).confidence_interval(0.95)
+    row = next(x for x in results.table_of_pieces(runs).splitlines() if "gamma 1, on that balance" in x)
+    numbers = (100 * (with_it - without).mean(), *expected)
+    text = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*numbers).replace("-", "\N{MINUS SIGN}")
+    assert row.split("|")[2].strip(" *") == text
+    assert ("**" in row) == (numbers[1] > 0 or numbers[2] < 0)
+    assert results.table_of_pieces(runs).count("| - |") == len(results.PIECES) - 1
+
+
+def test_every_explored_arm_has_a_name_and_every_piece_two_arms(results: Any) -> None:
+    import study
+
+    assert set(results.NAMES) == set(study.ARMS)
+    assert {arm for _, *pair in results.PIECES for arm in pair if arm} <= set(study.ARMS)
+
+
 def test_the_final_runs_are_those_that_were_frozen(results: Any) -> None:
     """Each at the rate that was chosen for it, on the test images, with every arm for every seed."""
     import study
