@@ -203,6 +203,20 @@ def table_of_pieces(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def table_of_budgets(runs: Sequence[Run]) -> str:
+    """Accuracy by number of steps and batch size; of arms that were trained with each."""
+    budgets = sorted({(x["steps"], x["batch_size"]) for x in runs})
+    groups = [[x for x in runs if (x["steps"], x["batch_size"]) == budget] for budget in budgets]
+    arms = _present(runs, "arm", list(NAMES))
+    data = runs[0]["data"]
+    lines = ["| | " + " | ".join(f"{steps:,} steps of {size:,} images" for steps, size in budgets) + " |"]
+    lines.append("| --- |" + " --- |" * len(budgets))
+    rows = {_name(arm): [_score(x, data, arm, BALANCED) for x in groups] for arm in arms}
+    rows["gain of AdaDim over the better of SimCLR and VICReg"] = [_gain(gain(x, data, SHIPPED)) for x in groups]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
+    return "\n".join(lines)
+
+
 def draw_gains(runs: Sequence[Run]) -> Figure:
     """Gains over the better of SimCLR and VICReg on each data set, with their intervals."""
     sets = _present(runs, "data", list(DATA))
@@ -421,6 +435,17 @@ third of the steps, late is the last third.
 
 ![H(R) and I(R;Z) over the steps, and where the arms end](images/results_dynamics.png)
 """
+BUDGETS = """
+## Shorter, longer, with smaller and larger batches
+
+CIFAR-10, validation images, each arm with the learning rate and weight decay that were chosen for it at {steps}
+steps of {size} images:
+
+{table}
+
+`uv run python benchmarks/accuracy/study.py budgets` trains them;
+[budgets.json](../benchmarks/results/accuracy/budgets.json) has the figures.
+"""
 NO_GPU = """
 All of CIFAR-10 with ResNet-18 in mixed precision: `benchmarks/gpu/run.sh` prepares, trains, evaluates and writes
 the figures in pieces of a few minutes. It has not run on a GPU yet, only at toy size on a CPU, in the tests.
@@ -429,7 +454,7 @@ the figures in pieces of a few minutes. It has not run on a GPU yet, only at toy
 
 def page() -> tuple[str, dict[str, Figure]]:
     """The text of docs/results.md, and its pictures by name."""
-    final, explored, gpu = load("final"), load("explore"), load("gpu")
+    final, explored, budgets, gpu = (load(stage) for stage in ("final", "explore", "budgets", "gpu"))
     parts, pictures = ["# Results"], {}
     if final:
         pictures["results"] = draw_gains(final)
@@ -452,6 +477,11 @@ def page() -> tuple[str, dict[str, Figure]]:
             "pieces": table_of_pieces(explored),
         }
         parts.append(EXPLORED.format(protocol=_protocol(explored), **found))
+    if budgets:
+        arms = {x["arm"] for x in budgets}
+        chosen = [x for x in explored if x["data"] == budgets[0]["data"] and x["arm"] in arms]
+        usual = {"steps": chosen[0]["steps"], "size": chosen[0]["batch_size"]}
+        parts.append(BUDGETS.format(table=table_of_budgets([*chosen, *budgets]), **usual))
     parts.append("## One GPU\n\n" + (f"{table(gpu)}\n\n{_protocol(gpu)}" if gpu else NO_GPU.strip()))
     for name in ("estimator_study", "cost"):
         path = RESULTS / f"{name}.json"

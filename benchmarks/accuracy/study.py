@@ -5,6 +5,7 @@ One command a stage, each a Hydra multirun that goes on where it was stopped, an
     uv run python benchmarks/accuracy/study.py search     # each arm's learning rate and weight decay
     uv run python benchmarks/accuracy/study.py choose     # writes them to conf/tuned/chosen.yaml, to be committed
     uv run python benchmarks/accuracy/study.py explore    # all arms
+    uv run python benchmarks/accuracy/study.py budgets    # other numbers of steps, other batch sizes
     uv run python benchmarks/accuracy/study.py final      # six arms on the test sets, once; all else is validation
     uv run python benchmarks/accuracy/study.py results    # docs/results.md and its pictures
 
@@ -78,6 +79,14 @@ STAGES: dict[str, dict[str, str]] = {
         "+arm": ",".join(FINAL_ARMS),
         "data": ",".join(f"study_{x}" for x in LARGE + SMALL),
         "seed": ",".join(map(str, range(10))),
+    },
+    "budgets": {
+        "experiment": "accuracy",
+        "split": "validation",
+        "+arm": "simclr,vicreg,adadim_paper,adadim",
+        "+budget": "short_run,long_run,small_batches,large_batches",
+        "data": "study_cifar10",
+        "seed": "0,1,2",
     },
     "gpu": {
         "experiment": "accuracy_gpu",
@@ -161,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("data", "arm", "lr", "weight_decay", "seed"))
+    return tuple(record[key] for key in ("data", "arm", "lr", "weight_decay", "seed", "steps", "batch_size"))
 
 
 def _device(accelerator: str) -> str:

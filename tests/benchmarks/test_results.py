@@ -117,6 +117,24 @@ def test_a_piece_gains_what_two_arms_differ_by_that_differ_in_it_alone(results: 
     assert results.table_of_pieces(runs).count("| - |") == len(results.PIECES) - 1
 
 
+def test_budgets_are_compared_each_with_its_own_baselines(results: Any) -> None:
+    runs = [
+        run("cifar10", arm, seed, accuracy + seed / 100) | {"steps": steps, "batch_size": size}
+        for (steps, size), accuracies in {(80, 256): (0.2, 0.3, 0.5), (320, 64): (0.4, 0.3, 0.3)}.items()
+        for arm, accuracy in zip(("simclr", "vicreg", "adadim"), accuracies, strict=True)
+        for seed in range(2)
+    ]
+    lines = results.table_of_budgets(runs).splitlines()
+    assert lines[0] == "| | 80 steps of 256 images | 320 steps of 64 images |"
+    assert lines[2] == "| SimCLR | 20.5 ± 0.7 | 40.5 ± 0.7 |"
+    assert lines[-1].count("**") == 4
+    assert (
+        lines[-1]
+        .replace("\N{MINUS SIGN}", "-")
+        .endswith("| **+20.0 [+20.0, +20.0]** | **-10.0 [-10.0, -10.0]** |")
+    )
+
+
 def test_every_explored_arm_has_a_name_and_every_piece_two_arms(results: Any) -> None:
     import study
 
