@@ -13,7 +13,8 @@ configuration files. All of them push both views through the model in one call, 
   does meanwhile. A cycle is the steps from one reading to the next; its length is made of the medians over the
   steps of each kind (ordinary, with gradients compared for kappa, measured, with a reading), each as often as it
   occurs. Intervals are of a bootstrap over the rounds. On a CPU contenders that only illustrate take part in every
-  fourth round.
+  fourth round; and with glibc memory is kept, rather than given back to the system and asked for again at each
+  step, which made the steps of two copies of one contender differ by several percent.
 - Parts: the same step in stages, one after the other, each with its backward pass.
 - Memory: each contender in a process of its own; what the process needed at most, and how much of it came with
   the training.
@@ -71,6 +72,12 @@ from adadim_lightning.report.style import style_of
 
 COMMAND = "python benchmarks/cost.py"
 RESULT = "benchmarks/results/cost.json"
+KEPT_MEMORY = {  # glibc's settings: one arena for all threads, nothing by mmap, nothing given back
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 GOALS = {"cpu": 0.03, "cuda": 0.05}
 CONFIDENCE, DRAWS = 0.95, 1000  # of the bootstrap
 WORTH = 0.01  # of the step: what a faster estimate has to save to be worth its error
@@ -686,7 +693,8 @@ def memory(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
 def peak_memory_apart(head: str, name: str, *options: str) -> dict[str, float]:
     """:func:`peak_memory` in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--memory", head, name, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {name: value for name, value in os.environ.items() if name not in KEPT_MEMORY}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -1210,6 +1218,8 @@ def main() -> None:
         quieten()
         print(json.dumps(peak_memory(quick_settings() if arguments.quick else full_settings(), *arguments.memory)))
         return
+    if not on_gpu() and not os.environ.keys() >= KEPT_MEMORY.keys():  # they count from the start of a process
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})
     found = measure(arguments.quick, blocks=arguments.blocks)
     Console(width=150).print(Markdown(markdown(found)))
     if arguments.json:

@@ -56,15 +56,11 @@ def test_the_verdict_counts_what_is_above_and_what_is_sure(results: Any) -> None
         data("digits", [-0.01, -0.011]),
     )
     start = "AdaDim as shipped is above the better of SimCLR and VICReg on "
-    below = "and below it on 1 by such an interval."
-    assert (
-        results.verdict(sure + maybe)
-        == start + "2 of 2 data sets, on 1 of them by an interval that leaves out zero."
-    )
-    assert results.verdict(sure + maybe + worse) == (
-        start + f"2 of 3 data sets, on 1 of them by an interval that leaves out zero, {below}"
-    )
-    assert results.verdict(worse) == start + f"0 of 1 data sets, {below}"
+    zero, below = "on 1 of them by an interval that leaves out zero", "and below it on 1 by such an interval."
+    most = " The largest gain is 10.0 points, on RetinaMNIST."
+    assert results.verdict(sure + maybe) == f"{start}2 of 2 data sets, {zero}.{most}"
+    assert results.verdict(sure + maybe + worse) == f"{start}2 of 3 data sets, {zero}, {below}{most}"
+    assert results.verdict(worse) == f"{start}0 of 1 data sets, {below}"
 
 
 def test_the_table_has_the_mean_and_deviation_of_each_arm_and_marks_the_best(results: Any) -> None:
@@ -157,3 +153,28 @@ def test_the_final_runs_are_those_that_were_frozen(results: Any) -> None:
         (*y, arm) for y in done for arm in study.FINAL_ARMS
     }
     assert len(runs) == len(done) * len(study.FINAL_ARMS)
+
+
+def test_the_page_and_the_readme_say_what_the_figures_say(results: Any) -> None:
+    text, pictures = results.page()
+    assert (ROOT / "docs" / "results.md").read_text() == text
+    assert results.verdict(results.load("final")) in " ".join((ROOT / "README.md").read_text().split())
+    for name in pictures:
+        assert f"images/{name}.png" in text
+        assert (ROOT / "docs" / "images" / f"{name}.png").exists()
+
+
+# On which data sets each claim of the paper about the dynamics holds, in the committed runs.
+HOLDS: dict[str, set[str]] = {
+    "rise_together": set(),
+    "flattens": {"fashion_mnist", "pneumonia", "retina"},
+    "neither_extreme": {"cifar10", "fashion_mnist", "pneumonia", "retina"},
+}
+
+
+@pytest.mark.parametrize("claim", HOLDS)
+def test_a_claim_about_the_dynamics_holds_where_it_is_said_to(results: Any, claim: str) -> None:
+    runs = results.load("explore")
+    sets = {x["data"] for x in runs}
+    assert sets == {"cifar10", "fashion_mnist", "pneumonia", "retina"}
+    assert {data for data in sets if getattr(results, claim)(runs, data)} == HOLDS[claim]
