@@ -165,7 +165,7 @@ def verdict(runs: Sequence[Run], metric: str = BALANCED) -> str:
     gains = {data: found for data in sets if (found := gain(runs, data, SHIPPED, metric)) is not None}
     above, sure = sum(x.mean > 0 for x in gains.values()), sum(x.low > 0 for x in gains.values())
     text = f"AdaDim as shipped is above the better of SimCLR and VICReg on {above} of {len(gains)} data sets"
-    text += f", on {sure} of them by an interval that leaves out zero" if above else ""
+    text += f", on {sure or 'none'} of them by an interval that leaves out zero" if above else ""
     worse = sum(x.high < 0 for x in gains.values())
     text += f", and below it on {worse} by such an interval." if worse else "."
     if above:
@@ -408,8 +408,8 @@ deviation over seeds; the last row is paired by seed, with its 95 % interval, bo
 Each arm has the learning rate and weight decay that were best for it on validation images, in a search that is the
 same for all ([chosen.yaml](../benchmarks/accuracy/conf/tuned/chosen.yaml), from
 [search.json](../benchmarks/results/accuracy/search.json)).{before} Arms, rates and seeds were frozen in commit
-`{frozen}`, before the first look at a test image, and nothing was changed after it. The figures of each run are in
-[final.json](../benchmarks/results/accuracy/final.json), by `uv run python benchmarks/accuracy/study.py final`.
+`{frozen}`, before the first look at a test image, and none of them was changed after it. The figures of each run
+are in [final.json](../benchmarks/results/accuracy/final.json), by `uv run python benchmarks/accuracy/study.py final`.
 
 ## Other probes
 
@@ -471,8 +471,7 @@ def page() -> tuple[str, dict[str, Figure]]:
         pictures["results"] = draw_gains(final)
         others = {metric: name for metric, name in FIGURES.items() if metric != BALANCED}
         probes = "\n\n".join(
-            f"**{name[0].upper()}{name[1:]}.** {verdict(final, metric)}\n\n{table(final, metric)}"
-            for metric, name in others.items()
+            f"**{name}.** {verdict(final, metric)}\n\n{table(final, metric)}" for metric, name in others.items()
         )
         parts.append(
             FINAL.format(
