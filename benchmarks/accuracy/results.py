@@ -409,7 +409,8 @@ Each arm has the learning rate and weight decay that were best for it on validat
 same for all ([chosen.yaml](../benchmarks/accuracy/conf/tuned/chosen.yaml), from
 [search.json](../benchmarks/results/accuracy/search.json)).{before} Arms, rates and seeds were frozen in commit
 `{frozen}`, before the first look at a test image, and none of them was changed after it. The figures of each run
-are in [final.json](../benchmarks/results/accuracy/final.json), by `uv run python benchmarks/accuracy/study.py final`.
+are in [final.json](../benchmarks/results/accuracy/final.json), by
+`uv run python benchmarks/accuracy/study.py final`.
 
 ## Other probes
 
