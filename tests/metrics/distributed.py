@@ -12,6 +12,7 @@ from torch import Tensor, distributed, multiprocessing
 from torchmetrics import Metric
 
 TIMEOUT_S = 120  # a busy machine takes seconds to start a process, and gloo gives up where one comes late
+TRIES = 3
 
 
 def _run(rank: int, count: int, store: str, call: bytes) -> bytes:
@@ -46,20 +47,27 @@ class Processes:
         self._folder = folder
         self.count = count
         self._calls = itertools.count()
+        self._pool = self._start()
+        self.run(distributed.get_rank)
+
+    def _start(self) -> Any:
         # As clean as spawn, but the processes share one import of torchmetrics, which takes seconds.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["adadim_lightning.metrics"])
-        self._pool = context.Pool(count, initializer=torch.set_num_threads, initargs=(1,))
-        self.run(distributed.get_rank)
+        return context.Pool(self.count, initializer=torch.set_num_threads, initargs=(1,))
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results of ``function(*args)`` by rank; no process can take two calls, because each call waits."""
         call = pickle.dumps((function, args))
-        try:
-            results = self._call(call)
-        except ConnectionError:  # gloo's, seen once on a busy machine: nothing has run yet
-            results = self._call(call)
-        return list(map(pickle.loads, results))
+        for left in reversed(range(TRIES)):
+            try:
+                return list(map(pickle.loads, self._call(call)))
+            except ConnectionError:  # gloo's, now and then on a busy machine: nothing has run yet
+                if not left:
+                    raise
+                self.close()  # one that never came to the meeting does not come to the next one either
+                self._pool = self._start()
+        raise AssertionError
 
     def _call(self, call: bytes) -> list[bytes]:
         store = str(self._folder / f"store-{next(self._calls)}")
