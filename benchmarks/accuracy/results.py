@@ -41,6 +41,7 @@ DATA = {
 }
 BASELINES = ("simclr", "vicreg")
 SHIPPED = "adadim"
+GAIN = "gain of AdaDim over the better of SimCLR and VICReg"
 NAMES = {
     "simclr": "SimCLR",
     "vicreg": "VICReg",
@@ -74,7 +75,7 @@ NAMES = {
 }
 
 
-# Arms that differ in one thing: what it is, the arm with it, the arm without.
+# Arms that differ in one thing, each with the learning rate of its kind: what it is, the arm with it, without it.
 PIECES = (
     ("balance of both losses, no information term", "adadim_gamma_0", None),
     ("information term, gamma 1, on that balance", "adadim", "adadim_gamma_0"),
@@ -155,7 +156,7 @@ def table(runs: Sequence[Run], metric: str = BALANCED) -> str:
         lines.append(f"| {_name(arm)} | " + " | ".join(cells) + " |")
     if SHIPPED in arms:
         gains = [_gain(gain(runs, data, SHIPPED, metric)) for data in sets]
-        lines.append("| gain of AdaDim over the better of SimCLR and VICReg | " + " | ".join(gains) + " |")
+        lines.append(f"| {GAIN} | " + " | ".join(gains) + " |")
     return "\n".join(lines)
 
 
@@ -216,7 +217,7 @@ def table_of_budgets(runs: Sequence[Run]) -> str:
     lines = ["| | " + " | ".join(f"{steps:,} steps of {size:,} images" for steps, size in budgets) + " |"]
     lines.append("| --- |" + " --- |" * len(budgets))
     rows = {_name(arm): [_score(x, data, arm, BALANCED) for x in groups] for arm in arms}
-    rows["gain of AdaDim over the better of SimCLR and VICReg"] = [_gain(gain(x, data, SHIPPED)) for x in groups]
+    rows[GAIN] = [_gain(gain(x, data, SHIPPED)) for x in groups]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     return "\n".join(lines)
 
@@ -432,8 +433,8 @@ once, after that.
 ## Whose gain is it?
 
 Points that each piece of the method gains, by two arms that differ in it alone, paired by seed, with the 95 %
-interval, bold where it leaves out zero; a dash where one of the two was not trained. The first line is over the
-better of SimCLR and VICReg.
+interval, bold where it leaves out zero; a dash where one of the two was not trained. Each arm has the learning
+rate that was searched for its kind. The first line is over the better of SimCLR and VICReg.
 
 {pieces}
 

@@ -52,6 +52,7 @@ TRAIN, REPORT = (
 )
 METRIC = "evaluation/trained_linear_balanced"
 CURVES = ("dynamics/H_R", "dynamics/I_RZ", "dynamics/ER_R", "dynamics/ER_Z", "balance/alpha", "balance/beta")
+POINTS = 20  # of a committed curve at most, the first and the last among them
 LARGE, SMALL = ["cifar10", "fashion_mnist"], ["pneumonia", "retina", "digits"]  # by images for validation
 Pair = tuple[float, float]
 RATES, DECAYS = (0.00075, 0.0015, 0.003, 0.006, 0.012), (0.0001, 0.1)
@@ -140,7 +141,7 @@ def collect(stage: str, folder: Path, path: Path) -> list[dict[str, Any]]:
 def _record(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     config = summary["config"]
     with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = _spread(list(csv.DictReader(file)), POINTS)
     curves = {"step": [int(row["step"]) + 1 for row in rows]}
     curves |= {key: [round(float(row[key]), 4) if row[key] else None for row in rows] for key in CURVES}
     return {
@@ -160,6 +161,13 @@ def _record(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "values": {key: round(value, 6) for key, value in summary.items() if key.startswith("evaluation/")},
         "curves": curves,
     }
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """At most ``count`` >= 2 of them, evenly spread from the first to the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _plain(value: Any) -> Any:

@@ -319,3 +319,18 @@ def test_the_gpu_tier_goes_on_from_piece_to_piece(parquet: Path, tmp_path: Path)
     assert "all runs have ended" in done
     runs = json.loads((out / "gpu.json").read_text())["runs"]
     assert [(x["arm"], x["steps"]) for x in runs] == [("adadim", 6), ("simclr", 6)]
+
+
+def test_a_long_curve_is_thinned_between_its_first_and_last_point(study: Any) -> None:
+    thinned = study._spread(list(range(107)), 20)
+    assert (len(thinned), thinned[0], thinned[-1]) == (20, 0, 106)
+    assert set(np.diff(thinned)) == {5, 6}
+    assert study._spread([3, 1], 20) == [3, 1]
+
+
+def test_the_committed_curves_have_no_more_points_than_they_need(study: Any) -> None:
+    runs = json.loads((study.RESULTS / "final.json").read_text())["runs"]
+    for run in runs:
+        assert run["curves"]["step"][-1] == run["steps"]
+        assert {len(curve) for curve in run["curves"].values()} == {len(run["curves"]["step"])}
+        assert len(run["curves"]["step"]) <= study.POINTS
