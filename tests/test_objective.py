@@ -194,13 +194,36 @@ def test_a_loss_that_goes_on_compares_the_gradients_when_it_would_have() -> None
 
 def test_evaluation_and_inference_leave_kappa_alone() -> None:
     loss = AdaDimLoss(kappa="match")
-    loss(*views())
-    before = float(loss.kappa)
-    loss.eval()(*views())
+    loss.eval()(*views())  # the first call of a training compares the gradients
     loss.train()
     with torch.no_grad():
         loss(*views())
-    assert float(loss.kappa) == before != 1.0
+    assert (float(loss.kappa), int(loss.calls)) == (1.0, 0)
+    loss(*views())
+    assert float(loss.kappa) != 1.0
+
+
+def test_gradients_that_overflow_once_leave_kappa_as_it_was() -> None:
+    loss = AdaDimLoss(kappa="match")
+    batches = [views() for _ in range(31)]
+    for call, rows in enumerate(batches[:11]):
+        if call == 10:
+            before = loss.kappa.clone(), loss.gradient_norms.clone()
+            rows = tuple((1e30 * x).detach().requires_grad_() for x in rows)
+        loss(*rows)
+    assert torch.equal(loss.kappa, before[0])
+    assert torch.equal(loss.gradient_norms, before[1])
+    for rows in batches[11:]:
+        loss(*rows)
+    assert torch.isfinite(loss.kappa)
+    assert not torch.equal(loss.kappa, before[0])  # and it goes on from there
+
+
+def test_gradients_that_overflow_at_first_leave_kappa_at_one() -> None:
+    loss = AdaDimLoss(kappa="match")
+    loss(*((1e30 * x).detach().requires_grad_() for x in views()))
+    assert float(loss.kappa) == 1.0
+    assert not loss.gradient_norms.any()
 
 
 def test_kappa_is_no_path_for_the_gradient() -> None:

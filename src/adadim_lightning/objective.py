@@ -314,10 +314,13 @@ class AdaDimLoss(nn.Module):
             dist.all_reduce(total)
         # The gradients at the rows of one process are those of its mean with the others, times their number.
         norms = total.sqrt() / world_size()
-        self.gradient_norms.lerp_(norms.to(self.gradient_norms.dtype), MATCH_WEIGHT)
+        moved = self.gradient_norms.lerp(norms.to(self.gradient_norms.dtype), MATCH_WEIGHT)
+        # An overflow of one step must not stay in the running norms: such a comparison is left out.
+        usable = moved.isfinite().all()
+        self.gradient_norms.copy_(torch.where(usable, moved, self.gradient_norms))
         tiny = torch.finfo(self.gradient_norms.dtype).tiny
         ratio = self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny)
-        self.kappa.copy_(ratio.clamp_max(KAPPA_LIMIT))
+        self.kappa.copy_(torch.where(usable, ratio.clamp_max(KAPPA_LIMIT), self.kappa))
 
 
 def _zero(**weights: float) -> frozenset[str]:
