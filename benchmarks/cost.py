@@ -14,7 +14,9 @@ configuration files. All of them push both views through the model in one call, 
   steps of each kind (ordinary, with gradients compared for kappa, measured, with a reading), each as often as it
   occurs. Intervals are of a bootstrap over the rounds. On a CPU contenders that only illustrate take part in every
   fourth round; and with glibc memory is kept, rather than given back to the system and asked for again at each
-  step, which made the steps of two copies of one contender differ by several percent.
+  step, which moves the steps of a contender by several percent, by where its memory happens to lie.
+- Rebuilt: on a CPU, AdaDim and `objective=vicreg` alone, built anew again and again; with memory kept, and as
+  glibc has it. How much do their ratios vary, which no interval of one race can tell?
 - Parts: the same step in stages, one after the other, each with its backward pass.
 - Memory: each contender in a process of its own; what the process needed at most, and how much of it came with
   the training.
@@ -33,10 +35,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import lightning
@@ -47,7 +49,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy.fft import dct
@@ -68,6 +70,7 @@ from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.models import representation_dim
 from adadim_lightning.objective import MATCH_EVERY
 from adadim_lightning.report.dynamics import BLUE, GREEN, GREY, ORANGE, RED
+from adadim_lightning.report.statistics import paired_difference
 from adadim_lightning.report.style import style_of
 
 COMMAND = "python benchmarks/cost.py"
@@ -103,6 +106,7 @@ class Settings:
         repeats: of each spectrum, on each number of dimensions.
         memory: contenders whose memory is measured, for each head.
         apart: in processes of their own.
+        rebuilt: pairs that are built anew; on a CPU.
     """
 
     overrides: tuple[str, ...]
@@ -118,6 +122,7 @@ class Settings:
     repeats: Callable[[int], int]
     memory: Mapping[str, tuple[str, ...]]
     apart: bool
+    rebuilt: int
 
 
 def on_gpu() -> bool:
@@ -131,8 +136,8 @@ def full_settings(blocks: int | None = None) -> Settings:
         heads={"mlp": (), "vicreg": ()},
         size=32,
         blocks={
-            "mlp": blocks or (20 if gpu else 2),
-            "vicreg": (blocks + 1) // 2 if blocks else (10 if gpu else 1),
+            "mlp": blocks or (20 if gpu else 4),
+            "vicreg": (blocks + 1) // 2 if blocks else (10 if gpu else 2),
         },
         steps_a_turn=None if gpu else 1,
         warm_up=1 if gpu else 3,
@@ -143,6 +148,7 @@ def full_settings(blocks: int | None = None) -> Settings:
         repeats=lambda d: 7 if d <= 512 else 3 if gpu else 2 if d <= 2048 else 1,
         memory={"mlp": tuple(ARMS), "vicreg": ("adadim", "vicreg_plain", "lightly_vicreg")},
         apart=not gpu,  # what a GPU has handed out can be counted anew
+        rebuilt=12,
     )
 
 
@@ -166,6 +172,7 @@ def quick_settings(blocks: int | None = None) -> Settings:
         repeats=lambda d: 2,
         memory={"mlp": ("adadim", "vicreg_plain")},
         apart=False,  # a new process takes longer than all the rest
+        rebuilt=2,
     )
 
 
@@ -476,6 +483,7 @@ def race(settings: Settings, head: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     kinds: list[str] = []
     racers: list[Racer] = []
+    order = np.random.default_rng(0)
     try:
         racers += (Racer(settings, head, name, batches, steps_a_turn) for name in names)
         for _ in range(settings.warm_up):
@@ -484,9 +492,8 @@ def race(settings: Settings, head: str) -> dict[str, Any]:
         for number in range(rounds):
             turn = settings.warm_up + number  # of those that have one in every round
             kinds.append(kind_of(turn, config) if steps_a_turn == 1 else "cycle")
-            # Nobody follows always the same one.
-            shift = number % len(racers)
-            for racer in racers[shift:] + racers[:shift]:
+            # At random, for what one leaves behind, in a cache or in the allocator, is felt by the next.
+            for racer in (racers[i] for i in order.permutation(len(racers))):
                 takes_part = ARMS[racer.name].every_round or number % settings.others_every == 0
                 seconds[racer.name].append(racer.turn() if takes_part else math.nan)
     finally:
@@ -504,6 +511,56 @@ def race(settings: Settings, head: str) -> dict[str, Any]:
         "arms": compare(seconds, kinds, cycle, steps_a_turn),
         "seconds": {name: [None if math.isnan(x) else x for x in xs] for name, xs in seconds.items()},
     }
+
+
+REBUILT_ROUNDS = 10
+
+
+def rebuilt_pairs(settings: Settings) -> list[float]:
+    """By how much a step of AdaDim is longer than one of ``objective=vicreg``, of each pair that is built anew.
+
+    The head is the default one; the steps are ordinary ones.
+    """
+    head = next(iter(settings.heads))
+    batches = Batches(settings, config_of(settings, head))
+    found = []
+    for number in range(settings.rebuilt):
+        racers: list[Racer] = []
+        seconds: dict[str, list[float]] = {"adadim": [], "vicreg": []}
+        try:
+            racers += (Racer(settings, head, name, batches, 1) for name in seconds)
+            for turn in range(settings.warm_up + REBUILT_ROUNDS):
+                for racer in racers[:: -1 if (turn + number) % 2 else 1]:
+                    taken = racer.turn()
+                    if turn >= settings.warm_up:
+                        seconds[racer.name].append(taken)
+        finally:
+            for racer in racers:
+                racer.end()
+        found.append(median(seconds["adadim"]) / median(seconds["vicreg"]) - 1)
+    return found
+
+
+def rebuilt(settings: Settings) -> dict[str, Any] | None:
+    """The same in processes of their own, with memory kept and as glibc has it."""
+    if on_gpu():
+        return None
+    found = {}
+    for name, environment in (("kept", KEPT_MEMORY), ("given_back", {})):
+        pairs = apart("--rebuilt", environment=environment) if settings.apart else rebuilt_pairs(settings)
+        mean = paired_difference(list(enumerate(pairs)), [(i, 0.0) for i in range(len(pairs))])
+        assert mean is not None
+        found[name] = {"pairs": pairs, **asdict(mean), "sd": stdev(pairs)}
+    return found
+
+
+def apart(*options: str, environment: Mapping[str, str]) -> Any:
+    """What this script prints with such options, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), *options]
+    others = {name: value for name, value in os.environ.items() if name not in KEPT_MEMORY}
+    settings = {**others, **environment, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # The parts of a step.
@@ -692,11 +749,7 @@ def memory(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
 
 def peak_memory_apart(head: str, name: str, *options: str) -> dict[str, float]:
     """:func:`peak_memory` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory", head, name, *options]
-    environment = {name: value for name, value in os.environ.items() if name not in KEPT_MEMORY}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = apart("--memory", head, name, *options, environment={})
     return found
 
 
@@ -872,6 +925,7 @@ def measure(quick: bool = False, *, blocks: int | None = None) -> dict[str, Any]
     config = config_of(settings, next(iter(settings.heads)))
     # In processes of their own, and first, while nothing else runs.
     needed = memory(settings)
+    anew = rebuilt(settings)
     races = {head: race(settings, head) for head in settings.heads}
     parts = {head: parts_of_step(settings, head) for head in settings.heads}
     every = int(config.callbacks.adadim.every_n_steps)
@@ -881,7 +935,7 @@ def measure(quick: bool = False, *, blocks: int | None = None) -> dict[str, Any]
     import lightly
 
     return {
-        "command": COMMAND + (" --quick" if quick else ""),
+        "command": COMMAND + (" --quick" if quick else "") + (f" --blocks {blocks}" if blocks else ""),
         "quick": quick,
         "device": torch.cuda.get_device_name() if on_gpu() else cpu_threads(),
         "gpu": on_gpu(),
@@ -901,6 +955,8 @@ def measure(quick: bool = False, *, blocks: int | None = None) -> dict[str, Any]
         "goal": goal,
         "met": bool(headline <= goal),
         "race": races,
+        "objective": {key: x for key, x in OmegaConf.to_container(config.objective).items() if key != "_target_"},
+        "rebuilt": anew,
         "parts": parts,
         "memory": needed,
         "spectra": spectra(settings, step_ms, every),
@@ -960,7 +1016,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['device']}, {settings['precision']} ({versions}). AdaDim is the shipped one: the objective, and "
         f"the callback that measures and steers, with a reading every {every} steps over the last "
         f"{settings['window']:,} rows. All contenders took turns within one run; in parentheses are the "
-        f"{_whole(found['confidence'])} intervals of the ratios.",
+        f"{_whole(found['confidence'])} intervals of the ratios. gamma is {found['objective']['gamma']:.1f}. "
+        "Memory is kept, where glibc would give it back after each step (`KEPT_MEMORY` in the script).",
         "",
     ]
     lines += _race_table(found)
@@ -1016,14 +1073,16 @@ def markdown_of_gpu(found: dict[str, Any], file: str) -> str:
     lines = [
         "### On a GPU",
         "",
-        f"The same race on {found['device']}, {found['settings']['precision']} ({versions}); a turn has as many "
+        f"The same race on {found['device']}, {found['settings']['precision']} ({versions}), with "
+        f"gamma {found['objective']['gamma']:.1f}; a turn has as many "
         "steps as lie between two readings. So small a step keeps such a GPU waiting for the CPU that starts its "
         "operations: what is compared here are numbers of operations more than their work.",
         "",
         *_race_table(found),
         f"A step of AdaDim is {_in_words(found, first, 'vicreg')} than one of `objective=vicreg`; the goal, at "
         f"most {_whole(found['goal'])}, is {'met' if found['met'] else 'missed'}. There were "
-        f"{' and '.join(map(str, rounds))} rounds, so the intervals are wide. The figures are in `{file}`.",
+        f"{' and '.join(map(str, rounds))} rounds, so the intervals are wide. The figures are in `{file}`, "
+        f"by `uv run {found['command']} --json {file}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -1053,20 +1112,38 @@ def _conclusions(found: dict[str, Any]) -> list[str]:
     reading = {head: parts[head]["rows"]["reading"] for head in (first, wide)}
     return [
         f"- A step of AdaDim is {_in_words(found, first, 'vicreg')} than one of `objective=vicreg`; the goal, at "
-        f"most {_whole(goal)}, is {'met' if found['met'] else 'missed'}. Both log the same parts and are measured "
-        "alike; VICReg has no backward pass of NT-Xent and of I(R;Z), and compares no gradients.",
+        f"most {_whole(goal)}, is {'met' if found['met'] else 'missed'}; with the head `{wide}` it is "
+        f"{_in_words(found, wide, 'vicreg')}. Both log the same parts and are measured alike;"
+        " VICReg has no backward pass of NT-Xent and of I(R;Z), and compares no gradients.",
+        *_rebuilt(found),
         f"- The stricter figures: it is {_in_words(found, first, 'vicreg_module')} than our VICReg without any "
         f"measuring, and {_in_words(found, first, REFERENCE)} than a bare VICReg that logs nothing and watches "
         f"for nothing, {'within' if strict <= goal else 'beyond'} that goal. Taken apart, what AdaDim adds to a "
         f"step of VICReg is {_percent(parts[first]['added'])} of it, and {_percent(parts[wide]['added'])} with "
         f"`{wide}`.",
         f"- In the same model it is {_in_words(found, first, 'lightly_vicreg')} than lightly's VICRegLoss and "
-        f"{_in_words(found, first, 'lightly_simclr')} than its NTXentLoss; with `{wide}` it is "
+        f"{_in_words(found, first, 'lightly_simclr')} than its NTXentLoss; with the head `{wide}` it is "
         f"{_in_words(found, wide, 'lightly_vicreg')} than VICRegLoss, which builds matrices of d_Z x d_Z.",
         f"- The spectra of R and Z take {_ms(reading[first]['once_ms'])} ms a reading, "
-        f"{_percent(reading[first]['share'])} of all steps together; with `{wide}` "
+        f"{_percent(reading[first]['share'])} of all steps together; with the head `{wide}` "
         f"{_ms(reading[wide]['once_ms'])} ms and {_percent(reading[wide]['share'])}.",
         _verdict(found["spectra"]),
+    ]
+
+
+def _rebuilt(found: dict[str, Any]) -> list[str]:
+    """How much of a ratio is chance."""
+    if found["rebuilt"] is None:
+        return []
+    kept, usual = (
+        f"{_signed(x['mean'])} ({_signed(x['low'])[:-2]} to {_signed(x['high'])}), with a standard deviation of "
+        f"{_percent(x['sd'])}"
+        for x in (found["rebuilt"]["kept"], found["rebuilt"]["given_back"])
+    )
+    return [
+        f"- An interval of one race leaves out where each contender's memory happens to lie. In "
+        f"{found['rebuilt']['kept']['n']} pairs that were built anew an ordinary step of AdaDim was longer than "
+        f"one of `objective=vicreg` by {kept}; as glibc has it, without memory kept, by {usual}."
     ]
 
 
@@ -1152,7 +1229,7 @@ def _draw_race(axes: Axes, found: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("percent of the other's step", fontsize=9)
-    _title(axes, "AdaDim's step is longer than that of")
+    _title(axes, "How much longer AdaDim's step is than")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.3, -0.16), ncols=2)
 
 
@@ -1190,7 +1267,7 @@ def _draw_spectra(times: Axes, errors: Axes, found: dict[str, Any]) -> None:
                 label = f"{title.split(' and')[0]}, {spectrum}"
                 errors.plot(d, error, line, marker="o", markersize=4, color=colors[method], label=label)
     for axes, title, label in (
-        (times, "Time of an effective rank", "ms"),
+        (times, "Time of an effective rank (decaying)", "ms"),
         (errors, "Error of the randomized ones", "percent of the exact one"),
     ):
         axes.set_xscale("log", base=2)
@@ -1213,10 +1290,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only to see whether it runs")
     parser.add_argument("--blocks", type=int, help="cycles from reading to reading, with the default head")
     parser.add_argument("--memory", nargs=2, metavar=("HEAD", "CONTENDER"), help="only its peak memory, as JSON")
+    parser.add_argument("--rebuilt", action="store_true", help="only the pairs that are built anew, as JSON")
     arguments = parser.parse_args()
+    quieten()
+    settings = quick_settings() if arguments.quick else full_settings()
     if arguments.memory:
-        quieten()
-        print(json.dumps(peak_memory(quick_settings() if arguments.quick else full_settings(), *arguments.memory)))
+        print(json.dumps(peak_memory(settings, *arguments.memory)))
+        return
+    if arguments.rebuilt:
+        print(json.dumps(rebuilt_pairs(settings)))
         return
     if not on_gpu() and not os.environ.keys() >= KEPT_MEMORY.keys():  # they count from the start of a process
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_MEMORY})

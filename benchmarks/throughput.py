@@ -18,6 +18,8 @@ import argparse
 import itertools
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -287,7 +289,7 @@ def main() -> None:
         console.print(f"  {name:10} {milliseconds:8.1f} ms a batch  {milliseconds / whole:5.0%}")
     if options.json:
         result = {
-            "command": f"python benchmarks/throughput.py --backbone {options.backbone}",
+            "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
             "device": device,
             "machine": platform.machine(),
             "versions": {x.__name__: x.__version__ for x in (torch, lightning, lightly)},

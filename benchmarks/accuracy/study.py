@@ -9,8 +9,8 @@ One command a stage, each a Hydra multirun that goes on where it was stopped, an
     uv run python benchmarks/accuracy/study.py final      # six arms on the test sets, once; all else is validation
     uv run python benchmarks/accuracy/study.py results    # docs/results.md and its pictures
 
-``--jobs 2`` runs so many at once, one thread each. Overrides go to adadim-train: ``places.cifar10=FOLDER`` (a
-folder of parquet files; by default the hub), ``places.torchvision=FOLDER``, ``places.medmnist=FOLDER``, or
+``--jobs 2`` runs so many at once, which share the cores. Overrides go to adadim-train: ``places.cifar10=FOLDER``
+(a folder of parquet files; by default the hub), ``places.torchvision=FOLDER``, ``places.medmnist=FOLDER``, or
 ``trainer.max_steps=4`` for a try. Runs go to ``runs/accuracy/STAGE``, the figures of all that have ended to
 ``benchmarks/results/accuracy/STAGE.json``.
 """
@@ -28,6 +28,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from adadim_lightning.report.statistics import thinned
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "accuracy"
@@ -52,6 +54,7 @@ TRAIN, REPORT = (
 )
 METRIC = "evaluation/trained_linear_balanced"
 CURVES = ("dynamics/H_R", "dynamics/I_RZ", "dynamics/ER_R", "dynamics/ER_Z", "balance/alpha", "balance/beta")
+VERSIONS = ("python", "torch", "lightning")
 POINTS = 20  # of a committed curve at most, the first and the last among them
 LARGE, SMALL = ["cifar10", "fashion_mnist"], ["pneumonia", "retina", "digits"]  # by images for validation
 Pair = tuple[float, float]
@@ -108,25 +111,25 @@ def run(stage: str, folder: Path, jobs: int, extra: list[str]) -> int:
     if jobs > 1:
         overrides += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
     print(shlex.join(["adadim-train", *overrides]), flush=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Whoever tells a group of processes to stop tells the training, too; its figures are to be collected then.
     signal.signal(signal.SIGTERM, lambda *_: None)
     # Where a small run is given a GPU, it computes as on a CPU.
-    exact = {"OMP_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
+    exact = {"OMP_NUM_THREADS": str(threads(jobs)), "NVIDIA_TF32_OVERRIDE": "0"}
     environment = {**exact, **os.environ, "PYTHONPATH": path}
     return subprocess.run([*TRAIN, *overrides], env=environment, check=False).returncode
 
 
-def collect(stage: str, folder: Path, path: Path) -> list[dict[str, Any]]:
+def collect(stage: str, folder: Path, path: Path, jobs: int) -> list[dict[str, Any]]:
     """Figures of the runs that have ended, and of those before them that this machine does not hold."""
     found = {}
     if path.exists():
-        found = {_key(record): record for record in json.loads(path.read_text())["runs"]}
+        found = {_key(record): _committed(record) for record in json.loads(path.read_text())["runs"]}
     for file in folder.glob("*/summary.json"):
         summary = json.loads(file.read_text())
         if summary["status"] == "ok":
-            record = _record(summary, file.with_name("metrics.csv"))
+            device = _device(summary["config"]["trainer"]["accelerator"], jobs)
+            record = _record(summary, file.with_name("metrics.csv"), device)
             found[_key(record)] = record
         elif summary["status"] == "failed":
             print(f"{file.parent} failed: {summary['error']}", file=sys.stderr)
@@ -138,36 +141,38 @@ def collect(stage: str, folder: Path, path: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def _record(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
+def _record(summary: dict[str, Any], metrics: Path, device: str) -> dict[str, Any]:
     config = summary["config"]
     with metrics.open(newline="") as file:
-        rows = _spread(list(csv.DictReader(file)), POINTS)
+        rows = list(csv.DictReader(file))
     curves = {"step": [int(row["step"]) + 1 for row in rows]}
     curves |= {key: [round(float(row[key]), 4) if row[key] else None for row in rows] for key in CURVES}
-    return {
-        "data": config["data"]["name"],
-        "arm": config["arm"],
-        "seed": summary["seed"],
-        "split": config["split"],
-        "lr": config["optimizer"]["lr"],
-        "weight_decay": config["optimizer"]["weight_decay"],
-        "steps": curves["step"][-1],
-        "batch_size": config["data"]["batch_size"],
-        "objective": {key: value for key, value in config["objective"].items() if key != "_target_"},
-        "balance": _plain(config["balance"]),
-        "seconds": summary["seconds"],
-        "device": _device(config["trainer"]["accelerator"]),
-        "versions": summary["versions"],
-        "values": {key: round(value, 6) for key, value in summary.items() if key.startswith("evaluation/")},
-        "curves": curves,
-    }
+    return _committed(
+        {
+            "data": config["data"]["name"],
+            "arm": config["arm"],
+            "seed": summary["seed"],
+            "split": config["split"],
+            "lr": config["optimizer"]["lr"],
+            "weight_decay": config["optimizer"]["weight_decay"],
+            "steps": curves["step"][-1],
+            "batch_size": config["data"]["batch_size"],
+            "objective": {key: value for key, value in config["objective"].items() if key != "_target_"},
+            "balance": _plain(config["balance"]),
+            "seconds": summary["seconds"],
+            "device": device,
+            "versions": summary["versions"],
+            "values": {key: round(value, 6) for key, value in summary.items() if key.startswith("evaluation/")},
+            "curves": curves,
+        }
+    )
 
 
-def _spread(items: list[Any], count: int) -> list[Any]:
-    """At most ``count`` >= 2 of them, evenly spread from the first to the last."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+def _committed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with no more than what is needed of it."""
+    kept = thinned(len(record["curves"]["step"]), POINTS)
+    curves = {key: [values[i] for i in kept] for key, values in record["curves"].items()}
+    return record | {"versions": {name: record["versions"][name] for name in VERSIONS}, "curves": curves}
 
 
 def _plain(value: Any) -> Any:
@@ -178,13 +183,19 @@ def _plain(value: Any) -> Any:
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("data", "arm", "lr", "weight_decay", "seed", "steps", "batch_size"))
+    names = ("data", "arm", "lr", "weight_decay", "seed", "steps", "batch_size", "split")
+    return *(record[name] for name in names), json.dumps([record["objective"], record["balance"]], sort_keys=True)
 
 
-def _device(accelerator: str) -> str:
+def threads(jobs: int) -> int:
+    """CPU cores of a run."""
+    return int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def _device(accelerator: str, jobs: int) -> str:
     """What the runs that lie on this machine were trained on."""
     if accelerator == "cpu":
-        return f"{platform.machine()}, one of {os.cpu_count()} CPU cores a run"
+        return f"{threads(jobs)} of {os.cpu_count()} cores of a CPU ({platform.machine()})"
     import torch  # takes a second
 
     return str(torch.cuda.get_device_name())
@@ -239,7 +250,7 @@ def main() -> None:
     folder = arguments.folder or Path("runs/accuracy") / arguments.stage
     code = run(arguments.stage, folder.resolve(), arguments.jobs, arguments.extra)
     path = (folder if arguments.folder else RESULTS) / f"{arguments.stage}.json"
-    runs = collect(arguments.stage, folder, path)
+    runs = collect(arguments.stage, folder, path, arguments.jobs)
     print(f"{len(runs)} runs are in {path}")
     if runs and folder.exists():
         subprocess.run([*REPORT, str(folder), "--metric", METRIC], check=False)

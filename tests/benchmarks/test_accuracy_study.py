@@ -1,6 +1,5 @@
 """The accuracy study: its data, its arms, and the figures that it collects."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -8,10 +7,11 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import study
+import study_data
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -25,21 +25,6 @@ from tests.data.pictures import DATASETS, encode
 STUDY = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 ROOT = STUDY.parents[1]
 real_data = pytest.mark.skipif(not DATASETS.exists(), reason=f"the real files are not at {DATASETS}")
-
-
-@pytest.fixture(autouse=True)
-def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(STUDY))
-
-
-@pytest.fixture
-def study() -> Any:
-    return importlib.import_module("study")
-
-
-@pytest.fixture
-def study_data() -> Any:
-    return importlib.import_module("study_data")
 
 
 ARMS = sorted(path.stem for path in (STUDY / "conf" / "arm").glob("*.yaml"))
@@ -86,10 +71,14 @@ EXPECTED = {
     "adadim_gamma_0": (0.5, 0.125, 0.125, 0, "match"),
     "adadim_gamma_2": (0.5, 0.125, 0.125, 2, "match"),
     "adadim_gamma_4": (0.5, 0.125, 0.125, 4, "match"),
+    "adadim_fixed_25": (0.25, 0.25, 0.25, 1, "match"),
     "adadim_fixed_50": (0.5, 0.5, 0.5, 1, "match"),
     "adadim_barlow_twins": (0.5, 0.125, 0.125, 1, "match"),
     "adadim": (0.5, 0.125, 0.125, 1, "match"),
 }
+
+
+WITHOUT_FLOOR = {"one_batch_min", "order_1", "lagged", "reversed"}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -107,6 +96,8 @@ def test_each_arm_is_what_its_name_says(arm: str) -> None:
     assert found == pytest.approx(EXPECTED[arm][:4])
     assert ("match" if loss.match_gradients else float(loss.kappa)) == EXPECTED[arm][4]
     assert (loss.decorrelation == "barlow_twins") == ("barlow_twins" in arm)
+    without = arm.startswith(("adadim_paper", "streaming")) or arm in WITHOUT_FLOOR
+    assert loss.information_floor == (0.3 if arm == "floor" else None if without else 0.0)
     assert loss.order == (1 if arm == "order_1" else 2)
     assert (balance.window == 1) == (arm.startswith("adadim_paper") or arm == "one_batch_min")
 
@@ -120,7 +111,7 @@ def test_all_arms_share_model_steps_batch_and_evaluation() -> None:
     assert all(found == settings[0] for found in settings)
 
 
-def test_the_split_for_validation_trains_on_the_images_of_the_split_for_the_test(study_data: Any) -> None:
+def test_the_split_for_validation_trains_on_the_images_of_the_split_for_the_test() -> None:
     views = study_data._unused(1)["views"]
     validation, test = (
         study_data.study("digits", split=split, views=views, batch_size=256) for split in ("validation", "test")
@@ -141,9 +132,7 @@ def test_the_split_for_validation_trains_on_the_images_of_the_split_for_the_test
         ("retina", "medmnist", 3, (1080, 120, 400)),
     ],
 )
-def test_the_splits_of_the_real_sets(
-    name: str, root: str, channels: int, sizes: tuple[int, int, int], study_data: Any
-) -> None:
+def test_the_splits_of_the_real_sets(name: str, root: str, channels: int, sizes: tuple[int, int, int]) -> None:
     options = {"channels": channels, "image_size": 16, "root": str(DATASETS / root), "batch_size": 256}
     views = study_data._unused(channels)["views"]
     validation, test = (
@@ -232,7 +221,7 @@ def test_a_stage_is_trained_collected_and_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_each_large_set_has_its_best_rate_and_decay_and_the_small_ones_the_best_of_both(
-    tmp_path: Path, study: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [(0.001, 0.1), (0.003, 0.1), (0.01, 0.0)]
     scores = {"cifar10": (0.40, 0.38, 0.10), "fashion_mnist": (0.70, 0.75, 0.76)}
@@ -273,7 +262,7 @@ def test_a_run_takes_the_rate_of_its_data(data: str, name: str) -> None:
         assert chosen == config.tuned[name][arm]
 
 
-def test_a_variant_takes_the_rate_of_the_arm_whose_objective_it_varies(study: Any) -> None:
+def test_a_variant_takes_the_rate_of_the_arm_whose_objective_it_varies() -> None:
     for arm in ARMS:
         family = study.family(arm)
         assert family in study.SEARCHED
@@ -321,16 +310,32 @@ def test_the_gpu_tier_goes_on_from_piece_to_piece(parquet: Path, tmp_path: Path)
     assert [(x["arm"], x["steps"]) for x in runs] == [("adadim", 6), ("simclr", 6)]
 
 
-def test_a_long_curve_is_thinned_between_its_first_and_last_point(study: Any) -> None:
-    thinned = study._spread(list(range(107)), 20)
-    assert (len(thinned), thinned[0], thinned[-1]) == (20, 0, 106)
-    assert set(np.diff(thinned)) == {5, 6}
-    assert study._spread([3, 1], 20) == [3, 1]
-
-
-def test_the_committed_curves_have_no_more_points_than_they_need(study: Any) -> None:
-    runs = json.loads((study.RESULTS / "final.json").read_text())["runs"]
-    for run in runs:
+@pytest.mark.parametrize("stage", ["search", "explore", "final", "budgets", "repeated"])
+def test_the_committed_curves_have_no_more_points_than_they_need(stage: str) -> None:
+    for run in json.loads((study.RESULTS / f"{stage}.json").read_text())["runs"]:
         assert run["curves"]["step"][-1] == run["steps"]
         assert {len(curve) for curve in run["curves"].values()} == {len(run["curves"]["step"])}
         assert len(run["curves"]["step"]) <= study.POINTS
+
+
+def test_what_was_collected_before_is_thinned_too(tmp_path: Path) -> None:
+    path = tmp_path / "explore.json"
+    (before,) = json.loads((study.RESULTS / "explore.json").read_text())["runs"][:1]
+    steps = list(range(1, 108))
+    long = before | {"curves": dict.fromkeys(before["curves"], steps), "versions": before["versions"] | {"x": "1"}}
+    path.write_text(json.dumps({"runs": [long]}))
+    (found,) = study.collect("explore", tmp_path / "none", path, 1)
+    assert found["curves"]["step"][0] == 1
+    assert found["curves"]["step"][-1] == 107
+    assert len(found["curves"]["step"]) == study.POINTS
+    assert list(found["versions"]) == ["python", "torch", "lightning"]
+    assert json.loads(path.read_text())["runs"] == [found]
+
+
+def test_the_cores_of_a_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [study.threads(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert study._device("cpu", 2).startswith("4 of 8 cores of a CPU")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert study.threads(1) == 3

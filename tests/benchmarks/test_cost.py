@@ -1,15 +1,14 @@
 """The cost study: its contenders do the same work, its figures are what they say, the page shows only these."""
 
 import copy
-import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cost as benchmark
 import numpy as np
 import pytest
 import torch
@@ -18,21 +17,12 @@ from torch.utils.data import DataLoader
 
 from adadim_lightning import AdaDim, AdaDimModule
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "cost.py"
-
 
 @pytest.fixture(scope="module")
 def cost() -> Iterator[Any]:
-    name = "cost_benchmark"
-    spec = importlib.util.spec_from_file_location(name, PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    module.on_gpu = lambda: False  # sums in half precision depend on their order
-    yield module
-    del sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "on_gpu", lambda: False)  # sums in half precision depend on their order
+        yield benchmark
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +297,23 @@ def test_everything_is_measured_on_a_gpu_too(cost: Any, monkeypatch: pytest.Monk
     assert found["race"]["mlp"]["cycle"] == {"cycle": 1}
     assert all(math.isfinite(value) for _, value in leaves(found) if isinstance(value, float))
     assert cost.markdown(found).startswith("## What it costs")
+
+
+def test_a_pair_that_is_built_anew_is_compared_by_its_own_steps(
+    cost: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"adadim": iter(range(1, 1000)), "vicreg": iter(range(2, 2000, 2))}  # twice as long, turn by turn
+    turn = cost.Racer.turn
+
+    def told(racer: Any) -> float:
+        turn(racer)
+        return float(next(seconds[racer.name]))
+
+    monkeypatch.setattr(cost.Racer, "turn", told)
+    found = cost.rebuilt(settings)
+    for pairs in (found["kept"], found["given_back"]):
+        assert pairs["pairs"] == [-0.5, -0.5]
+        assert (pairs["mean"], pairs["low"], pairs["high"], pairs["sd"], pairs["n"]) == (-0.5, -0.5, -0.5, 0.0, 2)
 
 
 # The page.

@@ -1,7 +1,6 @@
 """The estimator study: its references are right, and its figures say what the results page says of them."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import math
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import estimator_study as study
 import numpy as np
 import pytest
 import torch
@@ -19,16 +19,6 @@ from adadim_lightning.functional import effective_rank
 ROOT = Path(__file__).parents[2]
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("estimator_study", ROOT / "benchmarks" / "estimator_study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-study = _load()
 Record = dict[str, Any]
 
 

@@ -1,33 +1,20 @@
 """The throughput benchmark: both sides do the same work, and its parts run."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import throughput as benchmark
 import torch
 from kornia.constants import Resample
 from lightly.transforms import VICRegTransform
 from PIL import Image
 from torchvision.transforms import v2
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
-
 
 @pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("throughput_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def bench(benchmark: Any) -> Any:
+def bench() -> Any:
     benchmark.WARM_UP = 1
     options = argparse.Namespace(
         backbone="small", batch_size=16, steps=2, rounds=1, workers=1, precision="32-true"
@@ -109,7 +96,7 @@ def of_torchvision(module: Any) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("backend", ["kornia", "torchvision"])
-def test_the_recipe_is_that_of_lightly(backend: str, benchmark: Any, bench: Any) -> None:
+def test_the_recipe_is_that_of_lightly(backend: str, bench: Any) -> None:
     view1, view2 = VICRegTransform(input_size=benchmark.SIZE).transforms
     theirs = of_lightly(view1.transform)
     assert of_lightly(view2.transform) == theirs
@@ -128,7 +115,7 @@ def test_the_recipe_is_that_of_lightly(backend: str, benchmark: Any, bench: Any)
             assert ours[name][key] == pytest.approx(value, abs=tolerance), (name, key)
 
 
-def test_lightly_and_ours_have_the_same_effect(benchmark: Any, bench: Any) -> None:
+def test_lightly_and_ours_have_the_same_effect(bench: Any) -> None:
     image = bench.images[0]
     transform = VICRegTransform(input_size=benchmark.SIZE)
     picture = Image.fromarray(image.movedim(0, -1).numpy())
@@ -144,7 +131,7 @@ def test_lightly_and_ours_have_the_same_effect(benchmark: Any, bench: Any) -> No
 
 
 @pytest.mark.parametrize("side", ["lightly", "ours", "host"])
-def test_each_side_trains_and_gives_a_rate(side: str, benchmark: Any, bench: Any, monkeypatch: Any) -> None:
+def test_each_side_trains_and_gives_a_rate(side: str, bench: Any, monkeypatch: Any) -> None:
     trained: list[Any] = []
     rate = benchmark.rate
 
