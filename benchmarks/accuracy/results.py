@@ -574,10 +574,10 @@ EXPLORED = """
 The most accurate on CIFAR-10 first; each with the gain over the better of SimCLR and VICReg, paired by seed, and
 its 95 % interval. The first line is the best of {count}, so its gain is too high: on the test images it is
 {gain}. The intervals are of {seeds} seeds and not corrected for their number. A dash stands where an arm was not
-trained, and for the gain of the better baseline itself. AdaDim as shipped was first in the runs by which its
-form was chosen, most of them on a GPU, before the test images were looked at (explore.json of commit `78d002c`).
-Those were repeated on a CPU since, so that all are of one machine: now it is in place {place}. Arms that help to
-explain the result were added.
+trained, and for the gain of the better baseline itself. In the runs by which its form was chosen, most of them
+on a GPU, before the test images were looked at (explore.json of commit `78d002c`), AdaDim as shipped was first on
+CIFAR-10. Those were repeated on a CPU since, so that all are of one machine, and now it is in place {place}. Arms
+that help to explain the result were added.
 
 {table}
 

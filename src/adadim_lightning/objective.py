@@ -61,7 +61,8 @@ class AdaDimLoss(nn.Module):
         alpha: share of uniformity to begin with, in ``[0, 1]``.
         gamma: scale of the information regularizer; positive minimizes I(R;Z), negative maximizes it.
         kappa: factor on NT-Xent that brings both losses to comparable size; ``"match"`` keeps the norms of
-            their gradients at Z equal, by a running estimate of every tenth step, and at most 100.
+            their gradients at Z equal, by a running estimate of every tenth step, and at most 100; a step whose
+            gradients overflow is left out.
         temperature: of NT-Xent, > 0.
         order: Renyi order q of the information; any but 2 costs three eigen-decompositions a step.
         information_floor: nats below which a positive gamma does not reward a lower information any more; None
