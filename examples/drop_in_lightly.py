@@ -1,8 +1,9 @@
 """AdaDim in a model that is written with lightly: SimCLR as it was, and one line in the Trainer.
 
 Nothing of the model knows of AdaDim. It finds ``backbone`` and ``projection_head`` by their names, reads R and Z
-from the model's own forward pass, and trains alpha times the model's loss beside (1 - alpha) times VICReg, alpha
-being led by the measured effective rank of Z. The images are the handwritten digits of scikit-learn.
+from the model's own forward pass, and trains alpha kappa times the model's loss beside (1 - alpha) times VICReg:
+alpha is led by the measured effective rank of Z, and kappa keeps the gradients of both at Z equally long. The
+images are the handwritten digits of scikit-learn.
 
 Run it by ``uv run python examples/drop_in_lightly.py``; it needs lightly.
 """
@@ -91,6 +92,7 @@ def main() -> None:
         "dynamics/ER_R",
         "dynamics/ER_Z",
         "loss/native",
+        "loss/decorrelation",
         "loss_weighted/native",
         "loss_weighted/decorrelation",
         "loss_weighted/information",

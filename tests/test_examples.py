@@ -20,7 +20,7 @@ def run(example: str, *arguments: str) -> dict[str, str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    lines = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[-9:]]
+    lines = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[-10:]]
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
@@ -36,23 +36,26 @@ def test_train_digits_prints_what_it_measured() -> None:
 
 
 @pytest.mark.slow
-def test_drop_in_lightly_weighs_the_loss_of_the_model_by_alpha() -> None:
+def test_drop_in_lightly_weighs_vicreg_beside_the_loss_of_the_model_by_alpha() -> None:
     printed = run("drop_in_lightly.py", "--epochs", "1", "--images", "224", "--batch-size", "4")
     alpha, er_r, er_z = numbers(printed, "balance/alpha", "dynamics/ER_R", "dynamics/ER_Z")
     assert 0 < alpha <= 1
     assert 1 < er_r < 512
     assert 1 < er_z < 128
-    native, *weighted, total = numbers(
+    native, decorrelation, *weighted, total = numbers(
         printed,
         "loss/native",
+        "loss/decorrelation",
         "loss_weighted/native",
         "loss_weighted/decorrelation",
         "loss_weighted/information",
         "loss/total",
     )
     assert total == pytest.approx(sum(weighted), abs=0.003)
-    # Alpha is 0 in the 50 steps before the first reading, so 6 of 56 steps have it.
-    assert weighted[0] == pytest.approx(alpha * native * 6 / 56, rel=0.3)
+    # Alpha is 0.5 in the 50 steps before the first reading, so 6 of 56 steps have the one that is read.
+    mean = (50 * 0.5 + 6 * alpha) / 56
+    assert weighted[1] == pytest.approx((1 - mean) * decorrelation, rel=0.1)
+    assert mean * native < weighted[0] <= 100 * mean * native  # times kappa, which is 100 at most
 
 
 @pytest.mark.slow

@@ -34,12 +34,13 @@ def kill_and_resume(folder: Path, after: float) -> None:
     process = start(folder, *DIGITS)
     wait_for_start(folder)
     time.sleep(after)
-    if process.poll() == 0:  # the machine was busier when the whole run was timed
+    process.kill()
+    code = process.wait()
+    if code == 0:  # it had ended: the machine was busier when the whole run was timed
         shutil.rmtree(folder)
         kill_and_resume(folder, 0.7 * after)
         return
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, said(folder)
+    assert code == -signal.SIGKILL, said(folder)
     assert start(folder, *DIGITS, "resume=true").wait(300) == 0, said(folder)
 
 
