@@ -177,7 +177,7 @@ def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
 
     Returns:
         Images ``(B, C, H, W)``, normalized as :func:`load_transform` does it, to representations ``(B, d_R)``; in
-        training mode, with gradients.
+        evaluation mode, so that a forward pass changes nothing: call ``train()`` to fine-tune.
 
     Raises:
         CheckpointError: it is no checkpoint of :command:`adadim-train`.
@@ -188,7 +188,7 @@ def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
         Traceback (most recent call last):
         adadim_lightning.pretrained.CheckpointError: there is no checkpoint no/such/run
     """
-    return load_pretrained(path, trust=trust).backbone.train().requires_grad_(True)
+    return load_pretrained(path, trust=trust).backbone.eval().requires_grad_(True)
 
 
 def load_transform(path: str | Path, *, trust: Sequence[str] = ()) -> Callable[[Any], Tensor]:
