@@ -41,8 +41,8 @@ class AdaDim(DimensionMonitor):
       :math:`\alpha L_\text{native} + s \big((1 - \alpha) L_\text{VICReg} + \beta I_2(R; Z)\big)`.
     - ``native_loss="dimension_contrastive"`` (VICReg, Barlow Twins, W-MSE ...):
       :math:`(1 - \alpha) L_\text{native} + s \big(\alpha \kappa L_\text{NT-Xent} + \beta I_2(R; Z)\big)`.
-    - ``native_loss="other"`` (BYOL, DINO, MAE ...): :math:`L_\text{native}` + ``weight`` :math:`s` times the whole of
-      :class:`~adadim_lightning.AdaDimLoss`; of a single view, that of the view with itself.
+    - ``native_loss="other"`` (BYOL, DINO, MAE ...): :math:`L_\text{native}` + ``weight`` :math:`s` times the
+      whole of :class:`~adadim_lightning.AdaDimLoss`; of a single view, that of the view with itself.
     - ``target="criterion.alpha"``: writes alpha to this attribute of the model, and leaves its loss alone.
 
     The native loss keeps its size, so that a tuned learning rate fits as before; with ``kappa="match"`` :math:`s`,
