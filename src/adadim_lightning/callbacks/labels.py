@@ -232,8 +232,8 @@ class LabelReader:
         advice = next((f" such as lambda batch: {x.name}.{remedy}" for x, remedy in remedies if remedy), "")
         return (
             f"{NEEDED}, but {reason}: {_listed(batch)}; say where they are by labels=..., a key, a position or a "
-            f"function{advice}, give {self._owner} labeled data of its own by train_loader=..., or leave the probe "
-            "out to train without labels"
+            f"function{advice}, give {self._owner} labeled data of its own by train_loader=..., or leave the "
+            "probe out to train without labels"
         )
 
 

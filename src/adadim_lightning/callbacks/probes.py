@@ -27,7 +27,7 @@ from adadim_lightning.functional._numeric import check_integer, check_number, ch
 from adadim_lightning.functional.neighbors import knn_predict
 
 PASSES = 10
-STEPS = 100
+STEPS = 200
 BATCH_SIZE = 256
 MOST_CLASSES = 100_000
 
@@ -36,10 +36,10 @@ class OnlineLinearProbe(OnlineProbe):
     """A linear classifier on R, trained beside the model by an optimizer of its own.
 
     It sees R of the training views, detached and standardized by the running statistics of a batch norm
-    without parameters, and logs ``probe/linear_top1``, its accuracy on the validation batches. Its own random
-    numbers leave the model's random state alone. Where the training set has no labels, ``train_loader`` brings
-    labeled images: at the end of each epoch it learns from them in ten passes or more, and 100 steps at least.
-    These have a learning-rate schedule of their own, whatever the length of the training.
+    without parameters, and logs ``probe/linear_top1``, its accuracy on the validation batches. Where the training
+    set has no labels, ``train_loader`` brings labeled images: at the end of each epoch it learns from them in ten
+    passes or more, 200 steps at least, with a learning-rate schedule of their own, whatever the length of the
+    training. Without a single label it logs nothing.
 
     Args:
         representation: where R comes from, as for :class:`DimensionMonitor`; with loaders of its own the name of
@@ -108,9 +108,16 @@ class OnlineLinearProbe(OnlineProbe):
                 f"labels reach {classes - 1:,}, too many for classes of OnlineLinearProbe: number them from 0, by "
                 "the data or by a function labels=..., or give num_classes=..."
             )
+        # The scale of R is the model's choice: one of 0.003 is no noise.
+        norm = nn.BatchNorm1d(width, eps=1e-10, affine=False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the same probe on every process
-            probe = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, max(classes, 1)))
+            linear = nn.Linear(width, max(classes, 1))
+        # Small, so that a short training need not undo it first; not zero, where AdamW would step by the rounding
+        # errors of gradients that cancel.
+        for parameter in linear.parameters():
+            parameter.data.mul_(0.01)
+        probe = nn.Sequential(norm, linear)
         self.probe = probe.to(device)
         self._optimizer = torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         if self._state:
@@ -188,7 +195,8 @@ class OnlineLinearProbe(OnlineProbe):
         assert self.probe is not None
         norm = self.probe[0].eval()
         norm.running_mean.copy_(r.mean(0))
-        norm.running_var.copy_(r.var(0, correction=0))
+        variance = r.var(0, correction=0)
+        norm.running_var.copy_(torch.where(variance > 0, variance, 1.0))  # what is constant tells nothing
         self._see(labels.new_full((), len(labels)), labels.max())
         self._check_range()
         r = norm(r)
