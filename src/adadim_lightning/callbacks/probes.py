@@ -225,6 +225,16 @@ class OnlineLinearProbe(OnlineProbe):
                 f"num_classes={largest + 1} or more, or say where else the labels are by labels=..."
             )
 
+    def _score(self, loader: Any, batch: Any, batch_idx: int, r: Tensor, labels: Tensor) -> None:
+        super()._score(loader, batch, batch_idx, r, labels)
+        if self.num_classes is not None:  # else classes that are new are wrong, and no mistake
+            self._see(labels.new_zeros(()), labels.max())
+
+    def _log_accuracy(self, pl_module: LightningModule) -> None:
+        if self.probe is not None:
+            self._check_range()
+        super()._log_accuracy(pl_module)
+
     def _step(self, progress: float, x: Tensor, labels: Tensor, labeled: Tensor, *, shared: bool) -> None:
         """Take a step on standardized rows, whose loss is the mean over all that have a label."""
         assert self.probe is not None
