@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from adadim_lightning import (
     AdaDim,
@@ -193,19 +194,13 @@ def test_two_processes_measure_and_probe_as_one_does(two_processes: Processes) -
     assert first == pytest.approx(one, rel=2e-3, abs=1e-4)
 
 
-class Skipping(Foreign):
-    """Leaves out steps while gradients are accumulated, the first among them, which differ between processes."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
-        views, labels = batch
-        return None if len(labels) == 1 else super().training_step((views, labels), batch_idx)
-
+class Validated(Foreign):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.backbone(batch[0])
 
 
 def pieces(sizes: list[list[int]]) -> list[list[Any]]:
-    """Batches of each process; of one image where it leaves out the step."""
+    """Batches of each process."""
     data = fixed_batches(1, 64).dataset
     batches, start = [], 0
     for step in sizes:
@@ -219,30 +214,29 @@ def pieces(sizes: list[list[int]]) -> list[list[Any]]:
     return batches
 
 
-SIZES = [[6, 1], [5, 9], [1, 4], [7, 2]]  # of each step, on each process
+SIZES = [[6, 3], [5, 9], [1, 4], [7, 2]]  # of each step, on each process
 
 
 def probed() -> dict[str, Any]:
     """Probes of a model that stands still, on batches that differ in size between processes."""
     linear, neighbors = OnlineLinearProbe(num_classes=10), OnlineKNN(k=3)
-    module, held = Skipping("other"), held_out(40, 7)
+    module, held = Validated("other"), held_out(40, 7)
     module.requires_grad_(False)
     module.projection_head.requires_grad_(True)
     batches = pieces(SIZES)
-    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0}
     if world_size() > 1:
         own = [step[distributed.get_rank()] for step in batches]
         used = ddp_trainer([linear, neighbors], use_distributed_sampler=False, **options)
         # Fewer held-out batches on the second process.
         share = list(held)[:4] if distributed.get_rank() == 0 else list(held)[4:]
-        used.fit(module, own, share)
+        used.fit(module, *(DataLoader(x, batch_size=None) for x in (own, share)))
     else:
-        kept = [[batch for batch in step if len(batch[1]) > 1] for step in batches]
         whole = [
             (tuple(torch.cat([views[k] for views, _ in step]) for k in range(2)), torch.cat([y for _, y in step]))
-            for step in kept
+            for step in batches
         ]
-        used = fit(module, (whole, list(held)), linear, neighbors, **options)
+        used = fit(module, (DataLoader(whole, batch_size=None), held), linear, neighbors, **options)
     bank = [torch.cat(x) for x in zip(*neighbors.state_dict()["bank"], strict=True)]
     return {
         "logged": {key: float(x) for key, x in used.callback_metrics.items()},
@@ -257,7 +251,7 @@ def test_two_processes_probe_batches_of_different_sizes_as_one_does(two_processe
     assert {"probe/knn_top1", "probe/linear_top1"} <= set(one["logged"])
     assert first["logged"] == second["logged"]
     assert first["logged"] == pytest.approx(one["logged"])
-    assert len(one["rows"]) == 2 * (6 + 5 + 9 + 4 + 7 + 2)
+    assert len(one["rows"]) == 2 * sum(map(sum, SIZES))
     for found in (first, second):
         torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-3, atol=1e-4)
         assert torch.tensor(found["rows"]).allclose(torch.tensor(one["rows"]), atol=1e-4)

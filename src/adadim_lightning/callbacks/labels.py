@@ -150,7 +150,7 @@ class LabelReader:
         """Raise ValueError if labels whose place was guessed look like the index of the images: all differ."""
         images = len(labels) // views
         # A distributed sampler may repeat an image for each further process.
-        if self._guessed and images > 32 and len(labels.unique()) > images - world_size():
+        if self._guessed and images > 32 and len(torch.unique(labels)) > images - world_size():
             raise ValueError(
                 f"no two of {images} images share a label, so these look like the index of each image; say where "
                 f"the labels are by labels=... of {self._owner}: a key, a position or a function"

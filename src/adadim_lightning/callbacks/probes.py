@@ -89,7 +89,7 @@ class OnlineLinearProbe(OnlineProbe):
         self.num_classes = num_classes
         self.lr = lr
         self.weight_decay = weight_decay
-        self.probe: nn.Module | None = None
+        self.probe: Any = None  # norm and linear layer
         self._optimizer: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] = {}
         self._labeled = torch.zeros(())  # rows with a label that it has learned from
@@ -352,7 +352,7 @@ class OnlineKNN(OnlineProbe):
         self._bank = [(r, labels)]
 
     def _prepare_to_score(self, device: torch.device) -> bool:
-        own = tuple(torch.cat(x).to(device) for x in zip(*self._bank, strict=True)) if self._bank else None
+        own: Any = [torch.cat(x).to(device) for x in zip(*self._bank, strict=True)] if self._bank else None
         width = shared_width(own)
         if not width:
             return False

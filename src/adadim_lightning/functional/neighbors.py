@@ -66,7 +66,7 @@ def knn_predict(
         bank = unit_rows(bank)
         x = unit_rows(x).to(bank.dtype)
         # Numbered, since class numbers may be as large as the ids of a database.
-        classes, bank_classes = bank_labels.unique(return_inverse=True)
+        classes, bank_classes = torch.unique(bank_labels, return_inverse=True)
         predictions = []
         for chunk in torch.split(x, chunk_size):
             similarity, neighbor = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
