@@ -161,7 +161,9 @@ def labels_of(folder: Path, columns: dict[str, list], **options) -> tuple[list[i
 def test_labels_are_found_by_type_or_name(tmp_path) -> None:
     assert labels_of(tmp_path, {"label": ["b", "a", "b", "c"]}) == ([1, 0, 1, 2], ["a", "b", "c"])
     assert labels_of(tmp_path, {"label": [True, False, False, True]}) == ([1, 0, 0, 1], None)
-    with pytest.warns(UserWarning, match=r"1 of 4 training images have no label; probes leave them out"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 training images have no label \(none, or -1\); probes leave them out"
+    ):
         assert labels_of(tmp_path, {"label": [1, None, 0, 1]}) == ([1, -1, 0, 1], None)
     with pytest.warns(UserWarning, match=r"1 of 4 training images"):
         assert labels_of(tmp_path, {"label": ["b", None, "a", "a"]}) == ([1, -1, 0, 0], ["a", "b"])

@@ -113,7 +113,9 @@ def _report_labels(train: Any, test: ImageSet | None) -> None:
     for part, images in (("training", train), ("held-out", test)):
         missing = 0 if images is None else int((images.labels < 0).sum())
         if images is not None and images.is_labeled and missing:
-            rank_zero_warn(f"{missing:,} of {len(images):,} {part} images have no label; probes leave them out")
+            rank_zero_warn(
+                f"{missing:,} of {len(images):,} {part} images have no label (none, or -1); probes leave them out"
+            )
     if test is None or not (train.is_labeled and test.is_labeled):
         return
     learnt, scored = (set(x.labels[x.labels >= 0].tolist()) for x in (train, test))
