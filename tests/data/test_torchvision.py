@@ -21,7 +21,6 @@ from scipy.io import savemat
 from adadim_lightning.data import ImageData, torchvision_images
 from tests.data.pictures import DATASETS, encode, pixels, views
 
-
 # Sets as small as these lack classes in one part, which is said.
 pytestmark = pytest.mark.filterwarnings("ignore:.* (classes|images) .*have no:UserWarning")
 
