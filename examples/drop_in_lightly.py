@@ -2,8 +2,8 @@
 
 Nothing of the model knows of AdaDim. It finds ``backbone`` and ``projection_head`` by their names, reads R and Z
 from the model's own forward pass, and trains alpha times the model's loss beside (1 - alpha) times VICReg, scaled
-to it. Alpha is led by the measured effective rank of Z, and the gradients of both at Z are equally long. The images
-are the handwritten digits of scikit-learn.
+to it. Alpha is led by the measured effective rank of Z, and the gradients of both at Z are equally long. The
+images are the handwritten digits of scikit-learn.
 
 Run it by ``uv run python examples/drop_in_lightly.py``; it needs lightly.
 """
