@@ -5,7 +5,7 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -253,6 +253,18 @@ def test_scale_and_direction_are_told_from_their_limits_on(
         fit(module, at_hand(8, 64), monitor, guard)
     assert kinds(guard)[:1] == ([(kind, "warn")] if kind else [])
     assert {"rank_r", "rank_z"}.isdisjoint(dict(kinds(guard)))
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop"])
+def test_a_constant_z_is_told_once_by_its_rank(policy: Literal["warn", "stop"]) -> None:
+    module, guard = digits_module(gamma=0.0, lr=0.0), CollapseGuard(policy, patience=3)
+    module.projection_head = nn.Sequential(module.projection_head, Moved([1, 1e-9], [0, 1]))
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=1, window=1)
+    told = pytest.warns(UserWarning, match="ER") if policy == "warn" else pytest.raises(CollapseError, match="ER")
+    with told:
+        fit(module, at_hand(8, 64), monitor, guard)
+    assert kinds(guard) == [("rank_z", policy)]
+    assert guard.suspects() == (policy == "stop")
 
 
 def test_what_z_was_before_a_resume_counts_and_an_older_checkpoint_need_not_tell(tmp_path: Path) -> None:

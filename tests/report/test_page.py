@@ -74,10 +74,10 @@ def open_page(browser: Browser) -> Iterator[Open]:
     assert wrong == []
 
 
-def report(root: Path) -> Path:
+def report(root: Path, metric: str | None = None) -> Path:
     """Read the runs below a folder and write the page."""
     runs, warnings = read_runs([root])
-    study = Study(runs, warnings=warnings)
+    study = Study(runs, metric, warnings=warnings)
     path = root / "report.html"
     write_page(study, study.arms[0] if study.arms else None, path, [path.with_name("a picture.png")])
     return path
@@ -213,12 +213,18 @@ def test_a_phone_shows_it_without_scrolling_sideways(sweep: Path, open_page: Ope
 @needs_browser
 @pytest.mark.parametrize("width", [360, 414, 800])
 def test_long_names_do_not_widen_the_page(tmp_path: Path, width: int, open_page: Open) -> None:
+    metric = "metric/" + "long_name_" * 12
     words = ["value_without_any_break_at_all_" * 8, "非常长的名字" * 40, "many words " * 40]
     for i, word in enumerate(words):
-        write_run(tmp_path / f"{i}-{'folder' * 20}", f"some.key={word}", error="E" * 300, level=0.1 * i)
-    page = open_page(report(tmp_path), width=width, has_touch=True, is_mobile=width < 500)
+        folder, values = tmp_path / f"{i}-{'folder' * 20}", {metric: float(i)}
+        write_run(folder, f"some.key={word}", error="E" * 300, level=0.1 * i, values=values)
+    page = open_page(report(tmp_path, metric), width=width, has_touch=True, is_mobile=width < 500)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    title = page.locator('[data-plot="plane"] .cbtitle').bounding_box()
+    assert title is not None
+    assert title["x"] >= 0
+    assert title["x"] + title["width"] <= width
     choice = page.locator("label:has(#baseline)").bounding_box()
     assert choice is not None
     assert choice["height"] < 90  # its words are beside or above it, not a letter a line

@@ -98,6 +98,9 @@ def test_arms_of_foreign_runs_are_called_what_their_user_called_the_runs() -> No
     runs = [foreign("x", "simclr"), foreign("y", "byol"), foreign("z", "simclr"), foreign("w")]
     assert [[run.name for run in arm.runs] for arm in Study(runs).arms] == [["x", "z"], ["y"], ["w"]]
     assert labels(*runs) == ["simclr", "byol", "w"]
+    for run in runs:
+        run.config = {}
+    assert labels(*runs) == ["simclr", "byol", "w"]
 
 
 def test_foreign_runs_that_differ_in_their_seed_are_one_arm_whatever_they_are_called() -> None:

@@ -275,16 +275,11 @@ class CollapseGuard(TappingCallback):
         aligned = cosine > ALIGNED and watch.cosine < APART
         # At most 1, which VICReg asks for: an untrained Z may be far too large.
         shrunk = reading.spread_z < SHRUNK * min(watch.spread, 1)
-        one_point = er_z < self.min_rank  # which rank_z tells
         return {
             "rank_r": f"ER(R) = {er_r:.2f}" if er_r < self.min_rank else "",
             "rank_z": f"ER(Z) = {er_z:.2f}" if er_z < self.min_rank else "",
-            "scale": f"the spread of Z fell from {watch.spread:.2g} to {reading.spread_z:.2g}"
-            if shrunk and not one_point
-            else "",
-            "direction": f"all rows of Z point the same way, at a cosine of {cosine:.3f}"
-            if aligned and not one_point
-            else "",
+            "scale": f"the spread of Z fell from {watch.spread:.2g} to {reading.spread_z:.2g}" if shrunk else "",
+            "direction": f"all rows of Z point the same way, at a cosine of {cosine:.3f}" if aligned else "",
             "information": f"ER(R) fell from {watch.highest:.1f} to {er_r:.1f} and I(R;Z) to {i_rz:.2f} nats"
             if fallen
             else "",
@@ -302,9 +297,11 @@ class CollapseGuard(TappingCallback):
     # What to do.
 
     def _warn(self, trainer: Trainer, watch: Watch, kind: str, seen: str) -> None:
-        """One line, once while it lasts."""
+        """One line, once while it lasts; no other sign of a collapse that the rank of Z has shown."""
         if kind not in watch.told:
             watch.told.append(kind)
+            if kind in ("scale", "direction") and "rank_z" in watch.told:
+                return
             message = f"{seen}; {REMEDY[kind]}"
             self._note(trainer, kind, message, "warn")
             rank_zero_warn(message)

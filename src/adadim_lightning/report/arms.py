@@ -51,7 +51,8 @@ def make_arms(runs: Sequence[RunRecord]) -> list[Arm]:
         if run.status == UNREADABLE:
             continue
         config = _compared(run)
-        if not run.config or any("${" in value for value in config.values()):
+        unknown = not run.config and _title(run) is None
+        if unknown or any("${" in value for value in config.values()):
             late.append(run)
             continue
         arms.setdefault(json.dumps(config, sort_keys=True), Arm("")).runs.append(run)

@@ -19,7 +19,8 @@ Trace = dict[str, Any]
 Plot = dict[str, Any]
 
 MANY = 12  # runs, beyond which their lines are fainter and their marks smaller
-WIDEST_LINE = 40  # characters of a name where the pointer is; a phone shows as many
+WIDEST_LINE = 40  # characters of a name beside the pointer, as many as a phone shows
+WIDEST_TITLE = 30  # of the title of the scale of colors
 MOST_POINTS = 200  # of a line; more cannot be seen, and make the page slow
 TITLES = {H_R: "H(R) [nats]", I_RZ: "I(R;Z) [nats]"}
 
@@ -30,8 +31,13 @@ def plain(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    """A name beside the pointer, in lines that a phone can show."""
+    """A name in lines that a phone can show."""
     return "<br>".join(map(plain, textwrap.wrap(text, WIDEST_LINE)))
+
+
+def _end(text: str) -> str:
+    """The end of a log name, by which it differs from others."""
+    return plain(text if len(text) <= WIDEST_TITLE else "\N{HORIZONTAL ELLIPSIS}" + text[1 - WIDEST_TITLE :])
 
 
 def plots(study: Study) -> list[Plot]:
@@ -132,7 +138,7 @@ def _plane(study: Study) -> Plot:
             **bounds,
             "showscale": len(shades) > 1,
             "colorbar": {
-                "title": {"text": plain(study.color), "side": "top"},
+                "title": {"text": _end(study.color), "side": "top"},
                 **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom"},
                 **{"thickness": 10, "len": 0.6, "nticks": 5, "outlinewidth": 0},
             },
