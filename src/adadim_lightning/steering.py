@@ -33,6 +33,7 @@ class NativeScale(nn.Module):
 
     scale: Tensor
     norms: Tensor
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

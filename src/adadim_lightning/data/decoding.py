@@ -126,7 +126,7 @@ def _opened(source: Encoded) -> Image.Image | np.ndarray[Any, Any]:
         return _of_array(source)
     if isinstance(source, bytes):
         source = io.BytesIO(source)  # type: ignore[assignment]
-    return source if isinstance(source, Image.Image) else Image.open(source)  # type: ignore[arg-type]
+    return source if isinstance(source, Image.Image) else Image.open(source)
 
 
 def _of_array(pixels: np.ndarray[Any, Any]) -> Image.Image | np.ndarray[Any, Any]:

@@ -49,7 +49,7 @@ def hold_out(images: Set, share: float | int) -> tuple[Set, Set | None]:
     else:
         check_integer("held_out", share, low=0)
     labels = images.labels
-    _, number, counts = labels.unique(return_inverse=True, return_counts=True)
+    _, number, counts = labels.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
     splittable = (counts > 1)[number] & (labels >= 0)
     candidates = splittable.nonzero().flatten()
     if share == 0 or not len(candidates):
