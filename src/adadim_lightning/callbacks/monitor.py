@@ -219,6 +219,9 @@ class DimensionMonitor(TappingCallback):
             self._refuse_namesakes(others, pl_module)
         self.feed.open(pl_module)
 
+    def _feeds(self) -> list[Feed]:
+        return [self.feed]
+
     def _close(self) -> None:
         self.feed.close()
 

@@ -49,6 +49,9 @@ class OnlineProbe(TappingCallback):
         self._hits = torch.zeros(2, dtype=torch.long)
         self._feed.open(pl_module)
 
+    def _feeds(self) -> list[Feed]:
+        return [self._feed]
+
     def _close(self) -> None:
         self._feed.close()
 
