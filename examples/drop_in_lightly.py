@@ -1,8 +1,8 @@
 """AdaDim in a model that is written with lightly: SimCLR as it was, and one line in the Trainer.
 
 Nothing of the model knows of AdaDim. It finds ``backbone`` and ``projection_head`` by their names, reads R and Z
-from the model's own forward pass, and trains alpha kappa times the model's loss beside (1 - alpha) times VICReg:
-alpha is led by the measured effective rank of Z, and kappa keeps the gradients of both at Z equally long. The
+from the model's own forward pass, and trains alpha times the model's loss beside (1 - alpha) times VICReg, scaled
+to it. Alpha is led by the measured effective rank of Z, and the gradients of both at Z are equally long. The
 images are the handwritten digits of scikit-learn.
 
 Run it by ``uv run python examples/drop_in_lightly.py``; it needs lightly.

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from adadim_lightning import (
     AdaDim,
@@ -19,7 +20,7 @@ from adadim_lightning import (
     OnlineKNN,
     OnlineLinearProbe,
 )
-from adadim_lightning.distributed import world_size
+from adadim_lightning.distributed import gather_uneven_rows, world_size
 from tests.helpers import Recorder, fit, fixed_batches, held_out
 from tests.metrics.conftest import two_processes  # noqa: F401
 from tests.metrics.distributed import Processes
@@ -191,3 +192,79 @@ def test_two_processes_measure_and_probe_as_one_does(two_processes: Processes) -
     one = measured()
     assert {"dynamics/ER_R", "dynamics/I_RZ", "probe/knn_top1", "probe/linear_top1"} <= set(one)
     assert first == pytest.approx(one, rel=2e-3, abs=1e-4)
+
+
+class Validated(Foreign):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.backbone(batch[0])
+
+
+def pieces(sizes: list[list[int]]) -> list[list[Any]]:
+    """Batches of each process."""
+    data = fixed_batches(1, 64).dataset
+    batches, start = [], 0
+    for step in sizes:
+        own = []
+        for size in step:
+            rows = [data[i] for i in range(start, start + size)]
+            x1, x2 = (torch.stack([views[k] for views, _ in rows]) for k in range(2))
+            own.append(((x1, x2), torch.stack([label for _, label in rows])))
+            start += size
+        batches.append(own)
+    return batches
+
+
+SIZES = [[6, 3], [5, 9], [1, 4], [7, 2]]  # of each step, on each process
+
+
+def probed() -> dict[str, Any]:
+    """Probes of a model that stands still, on batches that differ in size between processes."""
+    linear, neighbors = OnlineLinearProbe(num_classes=10), OnlineKNN(k=3)
+    module, held = Validated("other"), held_out(40, 7)
+    module.requires_grad_(False)
+    module.projection_head.requires_grad_(True)
+    batches = pieces(SIZES)
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0}
+    if world_size() > 1:
+        own = [step[distributed.get_rank()] for step in batches]
+        used = ddp_trainer([linear, neighbors], use_distributed_sampler=False, **options)
+        # Fewer held-out batches on the second process.
+        share = list(held)[:4] if distributed.get_rank() == 0 else list(held)[4:]
+        used.fit(module, *(DataLoader(x, batch_size=None) for x in (own, share)))
+    else:
+        whole = [
+            (tuple(torch.cat([views[k] for views, _ in step]) for k in range(2)), torch.cat([y for _, y in step]))
+            for step in batches
+        ]
+        used = fit(module, (DataLoader(whole, batch_size=None), held), linear, neighbors, **options)
+    bank = [torch.cat(x) for x in zip(*neighbors.state_dict()["bank"], strict=True)]
+    return {
+        "logged": {key: float(x) for key, x in used.callback_metrics.items()},
+        "weights": {key: x.clone() for key, x in linear.probe.state_dict().items()},
+        "rows": sorted(zip(bank[1].tolist(), bank[0].sum(1).tolist(), strict=True)),
+    }
+
+
+def test_two_processes_probe_batches_of_different_sizes_as_one_does(two_processes: Processes) -> None:  # noqa: F811
+    first, second = two_processes.run(probed)
+    one = probed()
+    assert {"probe/knn_top1", "probe/linear_top1"} <= set(one["logged"])
+    assert first["logged"] == second["logged"]
+    assert first["logged"] == pytest.approx(one["logged"])
+    assert len(one["rows"]) == 2 * sum(map(sum, SIZES))
+    for found in (first, second):
+        torch.testing.assert_close(found["weights"], one["weights"], rtol=1e-3, atol=1e-4)
+        assert torch.tensor(found["rows"]).allclose(torch.tensor(one["rows"]), atol=1e-4)
+
+
+def gathered_unevenly() -> list[Tensor]:
+    rank = distributed.get_rank()
+    rows = [torch.arange(2.0 * n).view(n, 2) + 10 * rank for n in ((3, 1)[rank], (0, 2)[rank])]
+    found = [gather_uneven_rows(x)[0] for x in rows]
+    return found
+
+
+def test_uneven_rows_are_gathered_in_the_order_of_the_processes(two_processes: Processes) -> None:  # noqa: F811
+    for found in two_processes.run(gathered_unevenly):
+        assert found[0].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
+        assert found[1].tolist() == [[10, 11], [12, 13]]

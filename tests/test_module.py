@@ -1,6 +1,8 @@
 """The LightningModule in real fits."""
 
+import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.helpers import (
     DIM_Z,
     Recorder,
     assert_same_weights,
+    every_epoch,
     fit,
     fixed_batches,
     held_out,
@@ -57,8 +60,9 @@ def test_the_loss_parts_are_logged_under_the_agreed_names() -> None:
 
 def test_the_logged_loss_is_the_mean_of_the_objective_over_the_steps() -> None:
     recorder = Recorder()
-    objective = AdaDimLoss(alpha=0.4)
-    fit(tiny_module(objective=objective), fixed_batches(3), recorder)
+    module = tiny_module(objective=AdaDimLoss(alpha=0.4))
+    fit(module, fixed_batches(3), recorder)
+    objective = module.objective
     totals = [float(objective(*r.chunk(2), *z.chunk(2)).total) for r, z in recorder.steps]
     assert recorder.logged[0]["loss/total"] == pytest.approx(sum(totals) / 3, rel=1e-5)
 
@@ -145,3 +149,40 @@ def test_validation_computes_r_of_clean_images_and_changes_nothing() -> None:
     untouched.backbone.append(nn.BatchNorm1d(DIM_R))
     trainer().validate(module, held_out(), verbose=False)
     assert_same_weights(module, untouched)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_module_can_be_saved_whole(channels_last: bool) -> None:
+    backbone = SmallConvNet(1, (4, 8))
+    module = AdaDimModule(backbone, nn.Linear(8, 4), channels_last=channels_last)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded, images = torch.load(file, weights_only=False), torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(loaded.eval()(images), module.eval()(images))
+
+
+def test_load_from_checkpoint_takes_the_parts_or_says_which_are_missing(tmp_path) -> None:
+    module = tiny_module()
+    fit(module, fixed_batches(2), every_epoch(tmp_path))
+    fresh = tiny_module()
+    loaded = AdaDimModule.load_from_checkpoint(
+        tmp_path / "0.ckpt", backbone=fresh.backbone, projection_head=fresh.projection_head
+    )
+    assert_same_weights(loaded, module)
+    with pytest.raises(ValueError, match=r"give load_from_checkpoint backbone and projection_head"):
+        AdaDimModule.load_from_checkpoint(tmp_path / "0.ckpt")
+
+
+def test_an_eps_that_is_zero_in_half_precision_is_replaced_with_a_line() -> None:
+    for dtype, eps in ((torch.float16, 1e-4), (torch.bfloat16, 1e-8), (torch.float32, 1e-8)):
+        module = tiny_module().to(dtype)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = module.configure_optimizers()
+        assert [group["eps"] for group in optimizer.param_groups] == [eps, eps]
+        assert [x for x in caught if "is 0 in torch.float16" in str(x.message)] == caught[: eps == 1e-4]
+    trained = tiny_module()
+    with pytest.warns(UserWarning, match="is 0 in torch.float16"):
+        fit(trained, fixed_batches(6), precision="16-true")
+    assert all(bool(p.isfinite().all()) for p in trained.parameters())

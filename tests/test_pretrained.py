@@ -71,13 +71,13 @@ def refusal(path: Path) -> str:
 def test_backbone_of_a_run_has_its_weights_and_is_ready_to_fine_tune(run: Path) -> None:
     state = raw(run / "checkpoints" / "last.ckpt")["state_dict"]
     backbone = load_backbone(run)
-    assert all(module.training for module in backbone.modules())
+    assert not any(module.training for module in backbone.modules())
     assert all(parameter.requires_grad for parameter in backbone.parameters())
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, state[f"backbone.{key}"]), key
     assert not torch.equal(next(backbone.parameters()), next(SmallConvNet(1, (4, 8)).parameters()))
 
-    classifier = nn.Sequential(backbone, nn.Linear(8, 10))
+    classifier = nn.Sequential(backbone, nn.Linear(8, 10)).train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
     classifier(torch.rand(4, 1, 8, 8)).logsumexp(1).sum().backward()

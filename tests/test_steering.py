@@ -1,15 +1,28 @@
 """The loss of somebody else's module, steered: against the written formula."""
 
+import io
 import math
+import pickle
+import threading
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from adadim_lightning import AdaDim, AdaDimLoss, Balance, ConstantSchedule, DimensionMonitor
+from adadim_lightning import (
+    AdaDim,
+    AdaDimLoss,
+    AdaDimModule,
+    Balance,
+    ConstantSchedule,
+    DimensionMonitor,
+    EffectiveRankSchedule,
+)
 from adadim_lightning.functional import matrix_mutual_information, nt_xent_loss, vicreg_loss
-from adadim_lightning.steering import Target, loss_of, replace_loss, steered_loss
+from adadim_lightning.steering import NativeScale, Target, loss_of, replace_loss, steered_loss
 from tests.helpers import OneCallPerView, Recorder, assert_same_weights, every_epoch, fit, fixed_batches, held_out
 
 ALPHA, GAMMA, KAPPA, WEIGHT = 0.3, 0.5, 2.0, 0.7
@@ -36,7 +49,7 @@ def added(r: list[Tensor], z: list[Tensor], i: int, j: int) -> tuple[Tensor, Ten
 
 FORMULAS = {
     "sample_contrastive": lambda native, dec, uni, info: (
-        ALPHA * KAPPA * native + (1 - ALPHA) * dec + GAMMA * ALPHA * info
+        ALPHA * native + ((1 - ALPHA) * dec + GAMMA * ALPHA * info) / KAPPA
     ),
     "dimension_contrastive": lambda native, dec, uni, info: (
         (1 - ALPHA) * native + ALPHA * KAPPA * uni + GAMMA * ALPHA * info
@@ -96,11 +109,52 @@ def test_matched_kappa_compares_the_native_loss_where_it_met_z(kind: str) -> Non
     over, under = (dec, native) if kind == "sample_contrastive" else (native, uni)
     norms = [torch.cat(torch.autograd.grad(x, z, retain_graph=True)).norm() for x in (over, under)]
     torch.testing.assert_close(loss.kappa, norms[0] / norms[1])
-    expected = ALPHA * loss.kappa * (native if kind == "sample_contrastive" else uni)
-    key = "native" if kind == "sample_contrastive" else "uniformity"
+    expected = (1 - ALPHA) * dec / loss.kappa if kind == "sample_contrastive" else ALPHA * loss.kappa * uni
+    key = "decorrelation" if kind == "sample_contrastive" else "uniformity"
     torch.testing.assert_close(output.weighted[key], expected.detach())
+    share = ALPHA if kind == "sample_contrastive" else 1 - ALPHA
+    torch.testing.assert_close(output.weighted["native"], share * native.detach())
     with pytest.raises(ValueError, match="one of them does not depend on it"):
         steered_loss(kind, r[0].sum(), r, copies, objective(kappa="match"), embeddings=z)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_steered_loss_scales_the_added_terms_to_the_native_loss(kind: str, size: float) -> None:
+    """A tuned learning rate fits as before: the native loss keeps its size, and the others take it."""
+    r, z = views(2)
+    native = size * (z[0] - z[1]).square().sum()
+    output = steered_loss(kind, native, r, z, objective(kappa="match"), weight=WEIGHT)
+    dec, uni, info = added(r, z, 0, 1)
+    norms = {x: torch.cat(torch.autograd.grad(x, z, retain_graph=True)).norm() for x in (native, dec, uni)}
+    to_native = norms[native] / norms[dec]
+    information = GAMMA * ALPHA * info.clamp_min(0)
+    expected = {
+        "sample_contrastive": ALPHA * native + to_native * ((1 - ALPHA) * dec + information),
+        "dimension_contrastive": (1 - ALPHA) * native
+        + ALPHA * norms[native] / norms[uni] * uni
+        + to_native * information,
+        "other": native
+        + WEIGHT * to_native * ((1 - ALPHA) * dec + ALPHA * norms[dec] / norms[uni] * uni + information),
+    }[kind]
+    torch.testing.assert_close(output.total, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sum(output.weighted.values()), output.total.detach(), rtol=1e-4, atol=0)
+
+
+def test_native_scale_follows_a_running_mean_of_every_tenth_step() -> None:
+    scale, running = NativeScale(), torch.zeros(2)
+    for step in range(21):
+        z = torch.randn(6, 4, requires_grad=True)
+        losses = z.pow(3).sum(), z.square().sum()
+        if step % 10 == 0:
+            norms = torch.stack([torch.autograd.grad(x, z, retain_graph=True)[0].norm() for x in losses])
+            running = running.lerp(norms, 0.3)
+        found = scale(losses[0], lambda losses=losses: losses[1], [z])
+        assert float(found) == pytest.approx(float(running[0] / running[1]), rel=1e-4)
+    resumed = NativeScale()
+    resumed.load_state_dict(scale.state_dict())
+    z = torch.randn(6, 4, requires_grad=True)
+    assert float(resumed(z.sum(), z.sum, [z])) == float(scale.scale)  # due in nine steps, as in the other
 
 
 class Returns(nn.Module):
@@ -419,3 +473,108 @@ def test_a_model_with_a_validation_loop_is_steered_in_training_only() -> None:
     recorder = Recorder("encoder", "projector")
     fit(Validated(), (fixed_batches(2), held_out()), AdaDim(native_loss="sample_contrastive"), recorder)
     assert recorder.logged[0]["dynamics/log_n"] == pytest.approx(math.log(32))
+
+
+class Counting:
+    """A schedule with a state of its own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, progress: float, statistics: Any) -> float:
+        self.calls += 1
+        return min(1.0, 0.05 * self.calls)
+
+
+class Kept(Recorder):
+    """Alpha and kappa of each step."""
+
+    def __init__(self, steering: AdaDim) -> None:
+        super().__init__("encoder", "projector")
+        self.steering, self.seen = steering, []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append((self.steering.alpha, float(self.steering.objective.kappa)))
+
+
+@pytest.mark.parametrize("schedule", [Counting, EffectiveRankSchedule])
+def test_what_is_given_to_several_callbacks_carries_nothing_from_fit_to_fit(schedule: Any) -> None:
+    def fold(steering: AdaDim) -> list[Any]:
+        torch.manual_seed(0)
+        kept = Kept(steering)
+        fit(OneCallPerView(), fixed_batches(6), steering, kept)
+        return kept.seen
+
+    def given() -> dict[str, Any]:
+        return {"balance": Balance(schedule(), every_n_steps=2, window=16), "objective": AdaDimLoss()}
+
+    new = fold(AdaDim(native_loss="sample_contrastive", **given()))
+    shared = given()
+    before = deepcopy(vars(shared["balance"].alpha)), float(shared["objective"].kappa)
+    callbacks = [AdaDim(native_loss="sample_contrastive", **shared) for _ in range(2)]
+    assert fold(callbacks[0]) == fold(callbacks[1]) == new
+    assert fold(callbacks[0]) == new  # one callback for several models
+    assert (vars(shared["balance"].alpha), float(shared["objective"].kappa)) == before
+    assert shared["balance"].statistics is None
+    assert len({alpha for alpha, _ in new}) > 1
+    assert new[0][1] != 1  # kappa has moved, too
+
+
+def test_an_objective_that_is_given_to_several_modules_stays_as_it_is() -> None:
+    loss = AdaDimLoss(alpha=0.25)
+    modules = [AdaDimModule(nn.Linear(6, 5), nn.Linear(5, 4), loss) for _ in range(2)]
+    modules[0].objective.set_balance(0.75)
+    assert [float(x.alpha) for x in (loss, modules[1].objective, modules[0].objective)] == [0.25, 0.25, 0.75]
+
+
+def test_a_schedule_that_cannot_be_copied_is_an_error_that_says_so() -> None:
+    class Locked(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+    with pytest.raises(ValueError, match="works on copies of objective and balance"):
+        AdaDim(native_loss="other", balance=Balance(Locked()))
+
+
+class Saved(Callback):
+    """Backbone and module as they are saved and copied while they are tapped and steered."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.sizes, self.loaded = [], []
+        for x in (pl_module.encoder, pl_module):
+            file = io.BytesIO()
+            torch.save(x, file)
+            self.sizes.append(file.tell())
+            file.seek(0)
+            self.loaded.append(torch.load(file, weights_only=False))
+        self.loaded.append(deepcopy(pl_module))
+        self.callbacks = pickle.loads(
+            pickle.dumps([x for x in trainer.callbacks if isinstance(x, DimensionMonitor)])
+        )
+
+
+@pytest.mark.parametrize(
+    "watching",
+    [
+        [DimensionMonitor()],
+        [AdaDim(native_loss="other")],
+        [AdaDim(native_loss="other"), DimensionMonitor(name="x")],
+    ],
+    ids=["observed", "steered", "both"],
+)
+def test_what_is_saved_in_a_fit_is_neither_tapped_nor_steered(watching: list[Any]) -> None:
+    plain, saved = Saved(), Saved()
+    fit(OneCallPerView(), fixed_batches(2), plain)
+    fit(OneCallPerView(), fixed_batches(2), *watching, saved)
+    for size, bare in zip(saved.sizes, plain.sizes, strict=True):
+        assert size < bare + 1000
+    modules = saved.loaded[1:]
+    for module in modules:
+        assert module.training_step.__func__ is OneCallPerView.training_step
+    batch = next(iter(fixed_batches(1)))
+    for module, bare in zip(modules, (OneCallPerView(), OneCallPerView()), strict=True):
+        bare.load_state_dict(module.state_dict())
+        assert float(module.training_step(batch, 0)) == float(bare.training_step(batch, 0))
+    assert len(saved.callbacks) == len(watching)
+    fit(OneCallPerView(), fixed_batches(2), *saved.callbacks)  # a copy of a callback follows another model

@@ -101,3 +101,28 @@ def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     widths = [x.shape[1] for x in tensors]
     gathered: Tensor = _GatherRows.apply(torch.cat(tensors, dim=1))
     return tuple(torch.split(gathered, widths, dim=1))
+
+
+def gather_uneven_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes, in the order of their ranks, detached; each process may have another number.
+
+    Args:
+        tensors: each of shape ``(N, d_i)``; N may be 0 and differ between processes, the widths may not.
+
+    Returns:
+        Each of shape ``(N_1 + ... + N_W, d_i)`` for W processes; the detached tensors when there is only one.
+    """
+    if world_size() == 1:
+        return tuple(x.detach() for x in tensors)
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    counts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    lengths = [int(n) for n in counts]
+    results = []
+    for x in tensors:
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(gathered, padded)
+        results.append(torch.cat([rows[:n] for rows, n in zip(gathered, lengths, strict=True)]))
+    return tuple(results)

@@ -26,6 +26,7 @@ class _Piece(NamedTuple):
     size: int
     originals: list[Tensor]
     is_view: bool = False
+    inputs: Tensor | None = None
 
 
 class Views(NamedTuple):
@@ -93,6 +94,24 @@ def _recut(pieces: list[_Piece], sizes: list[int]) -> list[_Piece]:
     return [_Piece(x, 0, originals if i == 0 else []) for i, x in enumerate(rows)]
 
 
+def _fed_by(first: list[_Piece], pieces: list[_Piece]) -> list[_Piece] | None:
+    """The last calls whose inputs are the rows of R; None unless they are as many.
+
+    A head may be called twice on the same R, once for an output that nobody uses, or on other rows beside.
+    """
+    wanted = torch.cat([piece.rows for piece in first]).detach()
+    for end in range(len(pieces), 0, -1):
+        for start in range(end - 1, -1, -1):
+            inputs = [piece.inputs for piece in pieces[start:end]]
+            fed = [x.flatten(1) for x in inputs if x is not None and x.numel() == len(x) * wanted.shape[1]]
+            count = sum(map(len, fed))
+            if len(fed) < len(inputs) or count > len(wanted):
+                break
+            if count == len(wanted) and torch.equal(torch.cat(fed).to(wanted.dtype), wanted):
+                return pieces[start:end]
+    return None
+
+
 def _cut_into_views(pieces: list[_Piece], sizes: list[int]) -> Views:
     """Cut pieces with the rows of several views; one as long as a tensor of the batch is a view."""
     rows: list[Tensor] = []
@@ -139,6 +158,10 @@ class Feed:
         self._survey: Survey | None = None
         self._surveyed = False
         self._problem: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        closed = Feed(self.representation, self.embedding, self.pool)
+        return vars(closed)  # what it has tapped belongs to a fit of this process
 
     def names(self, module: nn.Module) -> list[Source]:
         """The sources, found where they were left out.
@@ -273,7 +296,8 @@ class Feed:
             for call in tap[0].read():
                 key, x = _entry(call.output, tap[1], tap[0].name)
                 originals = [] if call.original is None else [dict(tensors_of(call.original))[key]]
-                pieces.append(_Piece(_as_rows(x, self.pool, self._label(index)), call.size, originals))
+                rows = _as_rows(x, self.pool, self._label(index))
+                pieces.append(_Piece(rows, call.size, originals, inputs=call.inputs))
             return pieces
         if isinstance(source, str):
             label = f"the entry {source!r} of the outputs"
@@ -311,10 +335,15 @@ class Feed:
                 kept = list(compress(_recut(pieces, all_rows), large))
             elif total == sum(large_rows):
                 kept = _recut(pieces, large_rows)
+            elif (fed := _fed_by(first, pieces)) is not None:
+                kept = list(compress(_recut(fed, all_rows), large))
             else:
+                calls = ", ".join(str(len(piece.rows)) for piece in pieces)
                 raise ValueError(
                     f"{self._label(0)} put out {sum(all_rows)} rows in this step but {self._label(i)} {total}: "
-                    "they must see the same views"
+                    f"they must see the same views; the calls of {self._label(i)} had {calls} rows, and a "
+                    "function (module, batch, outputs) in its place can return those of the views, or return them "
+                    "from training_step and give their key"
                 )
             views.append(_cut_into_views(kept, sizes))
         for i, (rows, _) in enumerate(views):

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +19,8 @@ from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 ScheduleFactory = Callable[[Optimizer, int], LRScheduler]
+
+HALF_EPS = 1e-4
 
 
 class AdaDimModule(LightningModule):
@@ -34,7 +38,7 @@ class AdaDimModule(LightningModule):
     Args:
         backbone: images ``(B, C, H, W)`` to representations R ``(B, d_R)``.
         projection_head: representations to embeddings Z ``(B, d_Z)``.
-        objective: the loss; AdaDim's by default.
+        objective: the loss, of which a copy is kept; AdaDim's by default.
         optimizer: takes parameter groups; AdamW by default. Biases and norms are in a group without weight
             decay.
         lr_schedule: takes the optimizer and the number of steps, and is stepped after each; none by default.
@@ -58,15 +62,39 @@ class AdaDimModule(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self._format = torch.channels_last if channels_last else torch.preserve_format
-        self.backbone = backbone.to(memory_format=self._format) if channels_last else backbone
+        self._channels_last = channels_last  # the memory format itself cannot be pickled
+        self.backbone = backbone.to(memory_format=torch.channels_last) if channels_last else backbone
         self.projection_head = projection_head
-        self.objective = objective if objective is not None else AdaDimLoss()
+        # A copy: alpha and kappa of one module are nothing to another that is given the same loss.
+        self.objective = deepcopy(objective) if objective is not None else AdaDimLoss()
         self.guard = FiniteGuard()
         self._means = EpochMeans()
         self.origin: dict[str, Any] | None = None  # what it was made of, for the checkpoint
         self._optimizer = optimizer
         self._lr_schedule = lr_schedule
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "AdaDimModule":
+        """Load the weights of a checkpoint into a module of the given parts, as every LightningModule does.
+
+        Args:
+            checkpoint_path: the checkpoint.
+            args: as in ``LightningModule.load_from_checkpoint``.
+            kwargs: ``backbone`` and ``projection_head``, and whatever else the module was made with.
+
+        Raises:
+            ValueError: a part is missing: a checkpoint holds weights, no classes.
+        """
+        missing = [name for name in ("backbone", "projection_head") if name not in kwargs]
+        if missing:
+            raise ValueError(
+                f"a checkpoint holds weights but no modules: give load_from_checkpoint {' and '.join(missing)}, "
+                "or use adadim_lightning.load_backbone(RUN) for a run of adadim-train"
+            )
+        # As a classmethod of Lightning's own it refuses to be called on an instance.
+        load: Any = super().load_from_checkpoint
+        module: AdaDimModule = load(checkpoint_path, *args, **kwargs)
+        return module
 
     def forward(self, images: Tensor) -> Tensor:
         """Representation R of images.
@@ -77,7 +105,8 @@ class AdaDimModule(LightningModule):
         Returns:
             Shape ``(B, d_R)``.
         """
-        representation: Tensor = self.backbone(images.to(self.dtype, memory_format=self._format))
+        memory_format = torch.channels_last if self._channels_last else torch.preserve_format
+        representation: Tensor = self.backbone(images.to(self.dtype, memory_format=memory_format))
         return representation
 
     def setup(self, stage: str) -> None:
@@ -117,6 +146,7 @@ class AdaDimModule(LightningModule):
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = self._optimizer([group for group in groups if group["params"]])
+        _keep_eps(optimizer)
         if self._lr_schedule is None:
             return optimizer
         steps = training_steps(self.trainer)
@@ -178,3 +208,22 @@ class AdaDimModule(LightningModule):
         self.guard.check()
         if self.origin is not None:
             checkpoint["adadim"] = self.origin
+
+
+def _keep_eps(optimizer: Optimizer) -> None:
+    """Replace an ``eps`` that is 0 in the precision of its parameters, where it would divide by 0."""
+    said = False
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps <= 0:
+            continue
+        dtypes = {p.dtype for p in group["params"]}
+        lost = next((dtype for dtype in dtypes if float(torch.tensor(eps, dtype=dtype)) == 0), None)
+        if lost is not None:
+            group["eps"] = HALF_EPS
+            if not said:
+                rank_zero_warn(
+                    f"eps={eps:g} of {type(optimizer).__name__} is 0 in {lost}, which ends in NaN; it is set to "
+                    f"{HALF_EPS:g}: give another by optimizer.eps"
+                )
+            said = True

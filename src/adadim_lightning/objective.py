@@ -234,8 +234,7 @@ class AdaDimLoss(nn.Module):
             if decorrelation is None:
                 with wanted("decorrelation"):
                     parts = self._decorrelation_parts(z1, z2)
-                    weighted = [self.weights[name] * part for name, part in parts.items()]
-                    decorrelation = torch.stack(weighted).sum()
+                    decorrelation = self._weigh(parts)
             r, z = torch.cat([r1, r2]), torch.cat([z1, z2])
             if self.order == 2 and uniformity is None:
                 with wanted("information", "uniformity"):
@@ -251,6 +250,20 @@ class AdaDimLoss(nn.Module):
                 with wanted("information"):
                     information = _renyi_information(cosine_gram(r), gram_z, self.order)
         return parts | {"decorrelation": decorrelation, "uniformity": uniformity, "information": information}
+
+    def decorrelation_loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Compute the decorrelation of two views alone, on the rows of all processes.
+
+        Args:
+            z1: as in :meth:`forward`.
+            z2: likewise.
+        """
+        with no_autocast(z1):
+            z1, z2 = gather_rows(full_precision(z1), full_precision(z2))
+            return self._weigh(self._decorrelation_parts(z1, z2))
+
+    def _weigh(self, parts: dict[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
 
     def _decorrelation_parts(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         if self.decorrelation == "barlow_twins":
@@ -280,9 +293,7 @@ class AdaDimLoss(nn.Module):
                     self._match_gradients(decorrelation, uniformity, embeddings)
                 self._calls += 1
                 self.calls.fill_(self._calls)
-            information = parts["information"]
-            if self.information_floor is not None and self.gamma > 0:
-                information = information.clamp_min(self.information_floor)
+            information = self.floored(parts["information"])
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,
                 "uniformity": self.alpha * self.kappa * uniformity,
@@ -295,26 +306,16 @@ class AdaDimLoss(nn.Module):
             {name: value.detach() for name, value in weighted.items()},
         )
 
+    def floored(self, information: Tensor) -> Tensor:
+        """Return the information that enters the total: none below the floor is rewarded."""
+        if self.information_floor is None or self.gamma <= 0:
+            return information
+        return information.clamp_min(self.information_floor)
+
     @torch.no_grad()
     def _match_gradients(self, decorrelation: Tensor, uniformity: Tensor, embeddings: Sequence[Tensor]) -> None:
         """Move kappa to the ratio of the running gradient norms; their common start-up bias cancels in it."""
-        squares = []
-        for part in (decorrelation, uniformity):
-            # Half precision would round small gradients to zero.
-            scale = torch.full_like(part, _GRADIENT_SCALE)
-            gradients = torch.autograd.grad(part, embeddings, scale, retain_graph=True, allow_unused=True)
-            used = [x for x in gradients if x is not None]
-            if not used:
-                raise ValueError(
-                    'kappa="match" needs losses of Z, but one of them does not depend on it; of a model that is '
-                    "compiled as a whole, compile the submodules instead, or give AdaDimLoss(kappa=1)"
-                )
-            squares.append(torch.stack([(full_precision(x) / _GRADIENT_SCALE).square().sum() for x in used]).sum())
-        total = torch.stack(squares)
-        if world_size() > 1:
-            dist.all_reduce(total)
-        # The gradients at the rows of one process are those of its mean with the others, times their number.
-        norms = total.sqrt() / world_size()
+        norms = gradient_norms((decorrelation, uniformity), embeddings)
         moved = self.gradient_norms.lerp(norms.to(self.gradient_norms.dtype), MATCH_WEIGHT)
         # An overflow of one step must not stay in the running norms: such a comparison is left out.
         usable = moved.isfinite().all()
@@ -322,6 +323,39 @@ class AdaDimLoss(nn.Module):
         tiny = torch.finfo(self.gradient_norms.dtype).tiny
         ratio = self.gradient_norms[0] / self.gradient_norms[1].clamp_min(tiny)
         self.kappa.copy_(torch.where(usable, ratio.clamp_max(KAPPA_LIMIT), self.kappa))
+
+
+@torch.no_grad()
+def gradient_norms(losses: Sequence[Tensor], embeddings: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of the gradient of each loss at Z, over all processes.
+
+    Args:
+        losses: differentiable scalars.
+        embeddings: where the gradients are taken.
+
+    Returns:
+        Norms, one for each loss.
+
+    Raises:
+        ValueError: a loss does not depend on the embeddings.
+    """
+    squares = []
+    for loss in losses:
+        # Half precision would round small gradients to zero.
+        scale = torch.full_like(loss, _GRADIENT_SCALE)
+        gradients = torch.autograd.grad(loss, embeddings, scale, retain_graph=True, allow_unused=True)
+        used = [x for x in gradients if x is not None]
+        if not used:
+            raise ValueError(
+                'kappa="match" needs losses of Z, but one of them does not depend on it; of a model that is '
+                "compiled as a whole, compile the submodules instead, or give AdaDimLoss(kappa=1)"
+            )
+        squares.append(torch.stack([(full_precision(x) / _GRADIENT_SCALE).square().sum() for x in used]).sum())
+    total = torch.stack(squares)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    # The gradients at the rows of one process are those of its mean with the others, times their number.
+    return total.sqrt() / world_size()
 
 
 def _zero(**weights: float) -> frozenset[str]:

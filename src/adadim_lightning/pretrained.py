@@ -177,7 +177,7 @@ def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
 
     Returns:
         Images ``(B, C, H, W)``, normalized as :func:`load_transform` does it, to representations ``(B, d_R)``; in
-        training mode, with gradients.
+        evaluation mode, so that a forward pass changes nothing: call ``train()`` to fine-tune.
 
     Raises:
         CheckpointError: it is no checkpoint of :command:`adadim-train`.
@@ -188,7 +188,7 @@ def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
         Traceback (most recent call last):
         adadim_lightning.pretrained.CheckpointError: there is no checkpoint no/such/run
     """
-    return load_pretrained(path, trust=trust).backbone.train().requires_grad_(True)
+    return load_pretrained(path, trust=trust).backbone.eval().requires_grad_(True)
 
 
 def load_transform(path: str | Path, *, trust: Sequence[str] = ()) -> Callable[[Any], Tensor]:
@@ -212,6 +212,7 @@ class Transform:
         self.channels, *size = pretrained.image_shape
         # Where data.image_size cut a square that the views cut again, so it is here.
         canvas = int(pretrained.config["data"].get("image_size") or 0)
+        self.pixel_range = pretrained.config["data"].get("pixel_range")
         self.height, self.width = (max(canvas, side) for side in size)
 
     def __call__(self, image: Any) -> Tensor:
@@ -220,9 +221,11 @@ class Transform:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         from adadim_lightning.data.decoding import decode
+        from adadim_lightning.data.pixels import PixelScale
 
         size = (self.width, self.height)
-        decoded = decode(image, channels=self.channels, at_least=2 * max(size))
+        scale = None if self.pixel_range is None else PixelScale.of([], self.pixel_range)
+        decoded = decode(image, channels=self.channels, at_least=2 * max(size), scale=scale)
         if decoded.size != size:
             decoded = ImageOps.fit(decoded, size, Image.Resampling.BILINEAR)
         return self.views.clean(pil_to_tensor(decoded)[None])[0]

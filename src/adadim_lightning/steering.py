@@ -9,12 +9,68 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
+from adadim_lightning.functional._numeric import no_autocast
+from adadim_lightning.objective import (
+    KAPPA_LIMIT,
+    MATCH_EVERY,
+    MATCH_WEIGHT,
+    AdaDimLoss,
+    ObjectiveOutput,
+    gradient_norms,
+)
 
 NativeLoss = Literal["sample_contrastive", "dimension_contrastive", "other"]
 
 # Which part of the objective the module's own loss takes the place of.
 NATIVE_LOSSES = {"sample_contrastive": "uniformity", "dimension_contrastive": "decorrelation", "other": None}
+
+
+class NativeScale(nn.Module):
+    """Running ratio of gradient norms at Z: a module's own loss over AdaDim's decorrelation.
+
+    It brings AdaDim's terms to the size of the module's own loss, so that a tuned learning rate still fits.
+    """
+
+    scale: Tensor
+    norms: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("norms", torch.zeros(2))
+        self.register_buffer("calls", torch.tensor(0))
+        self._calls = 0  # the same, where it can be read without a sync
+        self.register_load_state_dict_post_hook(_read_calls)  # type: ignore[no-untyped-call]
+
+    def forward(self, native: Tensor, decorrelation: Callable[[], Tensor], embeddings: Sequence[Tensor]) -> Tensor:
+        """Return the ratio, renewed in every tenth step.
+
+        Args:
+            native: the module's own loss.
+            decorrelation: called for AdaDim's decorrelation when the ratio is renewed.
+            embeddings: where the gradients are compared.
+
+        Raises:
+            ValueError: a loss does not depend on the embeddings.
+        """
+        if native.requires_grad and torch.is_grad_enabled():
+            if self._calls % MATCH_EVERY == 0:
+                self._renew(gradient_norms((native, decorrelation()), embeddings))
+            self._calls += 1
+            self.calls.fill_(self._calls)
+        return self.scale
+
+    def _renew(self, norms: Tensor) -> None:
+        moved = self.norms.lerp(norms.to(self.norms.dtype), MATCH_WEIGHT)
+        usable = moved.isfinite().all()  # an overflow must not stay in the running norms
+        self.norms.copy_(torch.where(usable, moved, self.norms))
+        ratio = self.norms[0] / self.norms[1].clamp_min(torch.finfo(self.norms.dtype).tiny)
+        self.scale.copy_(torch.where(usable, ratio.clamp_max(KAPPA_LIMIT), self.scale))
+
+
+def _read_calls(scale: NativeScale, _: object) -> None:
+    scale._calls = int(scale.calls)
 
 
 def steered_loss(
@@ -26,8 +82,11 @@ def steered_loss(
     *,
     weight: float = 1.0,
     embeddings: Sequence[Tensor] | None = None,
+    native_scale: NativeScale | None = None,
 ) -> ObjectiveOutput:
-    """A module's own loss within the AdaDim objective.
+    """Compute a module's own loss within the AdaDim objective.
+
+    The module's own loss keeps its size; AdaDim's terms are scaled to it.
 
     Args:
         kind: the part of the objective that it is; an ``"other"`` loss stands beside the whole of it.
@@ -38,6 +97,7 @@ def steered_loss(
             alone) they are those of the view with itself.
         weight: of the added terms beside an ``"other"`` loss.
         embeddings: where ``kappa="match"`` compares the gradients: Z as it entered the module's own loss.
+        native_scale: running scale of the added terms, with ``kappa="match"``; a new one by default.
 
     Returns:
         The total and its parts; ``native`` is named in the place of what it replaces.
@@ -58,10 +118,35 @@ def steered_loss(
     replaced = {} if place is None else {place: native}
     each = [objective.parts(r[i], r[j], z[i], z[j], **replaced) for i, j in pairs]
     means = {name: torch.stack([values[name] for values in each]).mean() for name in each[0]}
-    total, parts, weighted = objective.mix(means, z if embeddings is None else embeddings)
+    embeddings = z if embeddings is None else embeddings
+    output = objective.mix(means, embeddings)
+    scale: Tensor | float = 1.0
+    if kind == "sample_contrastive":
+        # The objective has kappa times this loss: divided by kappa, the loss is as large as it was.
+        scale = 1 / objective.kappa.clamp_min(1 / KAPPA_LIMIT)
+    elif objective.match_gradients and objective.training:
+
+        def decorrelation() -> Tensor:
+            if place is None:
+                return means["decorrelation"]
+            return torch.stack([objective.decorrelation_loss(z[i], z[j]) for i, j in pairs]).mean()
+
+        with no_autocast(native):
+            scale = (NativeScale().to(native.device) if native_scale is None else native_scale)(
+                native, decorrelation, embeddings
+            )
+    parts, weighted = dict(output.parts), dict(output.weighted)
+    if kind == "dimension_contrastive":
+        # Kappa has brought uniformity to the size of this loss; what is left is the information.
+        information = objective.beta * objective.floored(means["information"])
+        total = output.total + (scale - 1) * information
+        weighted["information"] = weighted["information"] * scale
+    else:
+        factor = weight * scale if place is None else scale
+        total = output.total * factor
+        weighted = {name: value * factor for name, value in weighted.items()}
     if place is None:
-        total = native + weight * total
-        weighted = {name: weight * value for name, value in weighted.items()}
+        total = native + total
         parts["native"] = weighted["native"] = native.detach()
     else:
         parts["native"], weighted["native"] = parts.pop(place), weighted.pop(place)
@@ -73,6 +158,48 @@ def loss_of(outputs: Any) -> Tensor | None:
     if isinstance(outputs, Mapping):
         outputs = outputs.get("loss")
     return outputs if isinstance(outputs, Tensor) else None
+
+
+class _SteeredStep:
+    """A ``training_step`` that returns another loss; pickled or copied with its module, it is the module's own."""
+
+    steered_by_adadim = True
+
+    def __init__(
+        self,
+        module: Any,
+        own: Any,
+        native_step: Callable[..., Any],
+        total: Callable[[Tensor, Any], Tensor],
+        begin: Callable[[], None],
+    ) -> None:
+        functools.update_wrapper(self, native_step)
+        # Lightning looks behind one decorator for the arguments: behind the module's own, if it has one.
+        self.__wrapped__ = getattr(native_step, "__wrapped__", native_step)
+        self._module, self._own = module, own
+        self._native_step, self._total, self._begin = native_step, total, begin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin()
+        outputs = self._native_step(*args, **kwargs)
+        native = loss_of(outputs)
+        if native is None:
+            return outputs
+        steered = self._total(native, outputs)
+        if not isinstance(outputs, Mapping):
+            return steered
+        outputs = copy(outputs)
+        outputs["loss"] = steered  # type: ignore[index]
+        return outputs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._own is not None:
+            return _same, (self._own,)
+        return getattr, (self._module, "training_step")  # of a copy that has no such attribute yet: its method
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def replace_loss(
@@ -95,25 +222,7 @@ def replace_loss(
     if hasattr(native_step, "steered_by_adadim"):
         raise ValueError(f"the loss of {type(module).__name__} is steered by another AdaDim already")
     own = vars(module).get("training_step")
-
-    @functools.wraps(native_step)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        begin()
-        outputs = native_step(*args, **kwargs)
-        native = loss_of(outputs)
-        if native is None:
-            return outputs
-        steered = total(native, outputs)
-        if not isinstance(outputs, Mapping):
-            return steered
-        outputs = copy(outputs)
-        outputs["loss"] = steered  # type: ignore[index]
-        return outputs
-
-    # Lightning looks behind one decorator for the arguments: behind the module's own, if it has one.
-    training_step.__wrapped__ = getattr(native_step, "__wrapped__", native_step)
-    training_step.steered_by_adadim = True  # type: ignore[attr-defined]
-    module.training_step = training_step
+    module.training_step = _SteeredStep(module, own, native_step, total, begin)
 
     def undo() -> None:
         if own is None:

@@ -1,6 +1,8 @@
 """Reads what a submodule puts out while the model runs, without a second forward pass."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,12 +27,14 @@ class Call(NamedTuple):
         original: what it put out itself, where a reader wanted the graph.
         size: pixels of an image or number of tokens of its input; 0 for others.
         trained: whether gradients were on; a momentum branch runs without.
+        inputs: its first tensor of two or more dimensions, detached, not copied.
     """
 
     output: Any
     original: Any
     size: int
     trained: bool
+    inputs: Tensor | None
 
 
 def _copy(output: Any, graph: bool) -> Any:
@@ -73,6 +77,11 @@ class Tap:
     def __deepcopy__(self, memo: Any) -> "Tap":
         # A copy of the model, such as a teacher, is not tapped.
         return Tap(nn.Identity(), self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Whoever saves a tapped submodule wants neither its readers nor a file that needs this package: what is
+        # pickled in place of the hook does nothing, whatever it is called with.
+        return SimpleNamespace, (), {"_on_forward": nullcontext().__exit__}
 
     @classmethod
     def open(cls, module: nn.Module, name: str, reader: object) -> "Tap":
@@ -135,7 +144,8 @@ class Tap:
         if self._recording and not _in_backward():
             copy = _copy(output, self._graph)
             original = output if self._graph else None
-            self._calls.append(Call(copy, original, _size(inputs, named), torch.is_grad_enabled()))
+            given = next((x.detach() for x in inputs if isinstance(x, Tensor) and x.ndim >= 2), None)
+            self._calls.append(Call(copy, original, _size(inputs, named), torch.is_grad_enabled(), given))
 
     def read(self) -> list[Call]:
         """The calls of the step: those of the student, where the submodule was called with and without gradients.

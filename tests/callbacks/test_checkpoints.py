@@ -468,7 +468,7 @@ def test_a_validation_with_a_checkpoint_leaves_the_next_fit_alone(tmp_path: Path
         fit(module, data, RunCheckpoints(tmp_path, every_n_steps=1), At(3, stop), max_epochs=2)
     callbacks = [RunCheckpoints(tmp_path / "other")]
     used = trainer(*callbacks, max_epochs=2)
-    used.validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    used.validate(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     again = At(2 * STEPS, stop)
     with pytest.raises(StopError):  # as many batches as a fit that begins has
         fit(module, data, *callbacks, again, max_epochs=2)

@@ -5,7 +5,7 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ from tests.helpers import (
     held_out,
     tiny_module,
 )
+from tests.integration.modules import BYOL, BarlowTwins, SimCLR, SimSiam, VICReg
 from tests.metrics.conftest import two_processes  # noqa: F401
 from tests.metrics.distributed import Processes
 from tests.test_distributed import ddp_trainer
@@ -107,6 +108,21 @@ def test_a_reading_is_the_rank_of_the_window_and_the_mean_information_since_the_
         assert reading.i_rz == pytest.approx(float(torch.stack(information).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 16], ids=["fewer rows than dimensions", "more"])
+def test_a_reading_has_size_and_spread_of_the_last_rows_of_z(center: bool, batch_size: int) -> None:
+    recorder = Recorder()
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=1, window=4, center=center)
+    fit(tiny_module(), fixed_batches(3, batch_size), monitor, recorder)
+    for (size, spread), step in (
+        ((monitor.last_reading.size_z, monitor.last_reading.spread_z), 2),
+        (monitor.first_z, 0),
+    ):
+        z = recorder.rows(1, [step]).double()
+        assert size == pytest.approx(float(z.square().mean().sqrt()), rel=1e-6)
+        assert spread == pytest.approx(float((z - z.mean(dim=0)).square().mean().sqrt()), rel=1e-6)
+
+
 # Trainings that are well.
 
 
@@ -165,6 +181,124 @@ def test_an_embedding_that_recovers_and_collapses_again_is_told_of_twice() -> No
         fit(module, batches, steered(1.0), guard, max_epochs=3)
     assert kinds(guard) == [("rank_z", "warn")] * 2
     assert len([w for w in seen if "ER(Z)" in str(w.message)]) == 1
+
+
+def vicreg_without(*terms: str, lr: float = 3e-3) -> AdaDimModule:
+    module = digits_module(lr=lr, gamma=0.0)
+    module.objective = AdaDimLoss(alpha=0, gamma=0, kappa=1, **{f"{term}_weight": 0.0 for term in terms})
+    return module
+
+
+@pytest.mark.parametrize("terms", [("variance",), ("variance", "covariance")], ids="+".join)
+def test_a_z_that_shrinks_to_a_point_is_stopped_though_its_rank_is_high(terms: tuple[str, ...]) -> None:
+    guard, monitor = CollapseGuard("stop", patience=3), steered(0.0)
+    with pytest.raises(CollapseError, match=r"spread of Z fell from 0\.\d+ to 0\.0\d+ at 3 .*variance_weight"):
+        fit(vicreg_without(*terms), at_hand(10, 128), monitor, guard, max_epochs=30)
+    assert kinds(guard) == [("scale", "stop")]
+    assert monitor.last_reading.er_z > 5
+
+
+def test_a_z_that_shrinks_to_a_point_is_rolled_back(tmp_path: Path) -> None:
+    guard = CollapseGuard("rollback", patience=2)
+    checkpoints = RunCheckpoints(tmp_path, every_n_steps=5)
+    with pytest.warns(UserWarning, match="the spread of Z fell .* went back to"):
+        fit(vicreg_without("variance"), at_hand(10, 128), steered(0.0), guard, checkpoints, max_epochs=10)
+    assert kinds(guard)[0] == ("scale", "rollback")
+
+
+def test_all_terms_but_the_variance_may_be_left_out() -> None:
+    guard = CollapseGuard("stop", patience=1)
+    fit(vicreg_without("invariance", "covariance"), at_hand(10, 128), steered(0.0), guard, max_epochs=5)
+    assert guard.events == []
+
+
+class Moved(nn.Module):
+    """Rows of spread 1 around 0, times a factor, plus a common offset; both by the step, the last ones stay."""
+
+    def __init__(self, factors: list[float], offsets: list[float]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64, affine=False)
+        self.factors, self.offsets, self.calls = factors, offsets, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor, offset = (x[min(self.calls, len(x) - 1)] for x in (self.factors, self.offsets))
+        self.calls += 1
+        output: Tensor = self.norm(x) * factor + offset
+        return output
+
+
+@pytest.mark.parametrize(
+    ("factors", "offsets", "kind"),
+    [
+        ([1, 0.049], [0], "scale"),
+        ([1, 0.051], [0], None),
+        ([0.02, 0.00098], [0], "scale"),  # a Z of another scale, such as one of unit length in many dimensions
+        ([0.02, 0.00102], [0], None),
+        ([50, 1, 0.9], [0], None),  # untrained, it was far too large
+        ([50, 1, 0.04], [0], "scale"),
+        ([1], [0, 3.1], "direction"),  # the cosine is 0.906
+        ([1], [0, 2.9], None),  # 0.894
+        ([1], [3.1], None),  # it began so
+        ([1, 0.04], [0, 1], "scale"),  # the cosine is 0.998, and rank_z does not see it either
+    ],
+)
+def test_scale_and_direction_are_told_from_their_limits_on(
+    factors: list[float], offsets: list[float], kind: str | None
+) -> None:
+    module = digits_module(gamma=0.0, lr=0.0)
+    module.projection_head = nn.Sequential(module.projection_head, Moved(factors, offsets))
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=1, window=1)
+    guard = CollapseGuard("warn", patience=3)
+    with pytest.warns(UserWarning, match="3 readings in a row") if kind else nullcontext():
+        fit(module, at_hand(8, 64), monitor, guard)
+    assert kinds(guard)[:1] == ([(kind, "warn")] if kind else [])
+    assert {"rank_r", "rank_z"}.isdisjoint(dict(kinds(guard)))
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop"])
+def test_a_constant_z_is_told_once_by_its_rank(policy: Literal["warn", "stop"]) -> None:
+    module, guard = digits_module(gamma=0.0, lr=0.0), CollapseGuard(policy, patience=3)
+    module.projection_head = nn.Sequential(module.projection_head, Moved([1, 1e-9], [0, 1]))
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=1, window=1)
+    told = pytest.warns(UserWarning, match="ER") if policy == "warn" else pytest.raises(CollapseError, match="ER")
+    with told:
+        fit(module, at_hand(8, 64), monitor, guard)
+    assert kinds(guard) == [("rank_z", policy)]
+    assert guard.suspects() == (policy == "stop")
+
+
+def test_what_z_was_before_a_resume_counts_and_an_older_checkpoint_need_not_tell(tmp_path: Path) -> None:
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=1, window=1)
+    path = tmp_path / "a.ckpt"
+
+    def told(factor: float, **options: Any) -> list[tuple[str, str]]:
+        module, guard = digits_module(gamma=0.0, lr=0.0), CollapseGuard("warn", patience=3)
+        module.projection_head = nn.Sequential(module.projection_head, Moved([factor], [0]))
+        keeps = ModelCheckpoint(tmp_path, filename="a")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(module, at_hand(4, 64), monitor, guard, *([] if options else [keeps]), **options)
+        return kinds(guard)
+
+    assert told(1.0) == []
+    assert told(0.04, max_epochs=2, ckpt_path=path) == [("scale", "warn")]
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["callbacks"][monitor.state_key]["first_z"]
+    watch = checkpoint["callbacks"][CollapseGuard().state_key]["watches"][monitor.state_key]
+    del watch["spread"], watch["cosine"]
+    torch.save(checkpoint, path)
+    assert told(0.04, max_epochs=2, ckpt_path=path) == []
+
+
+@pytest.mark.parametrize("kind", [SimCLR, BYOL, SimSiam, BarlowTwins, VICReg])
+def test_a_foreign_module_that_is_well_has_no_event(kind: type[LightningModule]) -> None:
+    torch.manual_seed(0)
+    guard = CollapseGuard("stop", patience=1)
+    monitor = DimensionMonitor("backbone", "projection_head", every_n_steps=READ_EVERY, window=512)
+    batches = [([x.repeat(1, 3, 2, 2) for x in views], labels, []) for views, labels in fixed_batches(10, 128)]
+    fit(kind(), DataLoader(batches, batch_size=None), monitor, guard, max_epochs=3)  # type: ignore[arg-type]
+    assert guard.events == []
+    assert monitor.last_reading.spread_z > 0.4 * monitor.first_z[1]
 
 
 def test_a_stopped_run_names_the_last_good_checkpoint_and_writes_none_once_it_suspects(tmp_path: Path) -> None:

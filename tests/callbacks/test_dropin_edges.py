@@ -478,3 +478,51 @@ def test_a_crash_leaves_no_hook_of_a_probe() -> None:
     with pytest.raises(KeyError):
         fit(module, data, OnlineKNN(k=3, val_loader=data), OnlineLinearProbe(num_classes=3, val_loader=data))
     assert not any(submodule._forward_hooks for submodule in module.modules())
+
+
+class HeadTwice(FromPixels):
+    """The head is called by ``forward`` and again by the step, as some methods do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        r = [self.backbone(batch[0] + noise) for noise in (0.0, 0.1)]
+        for x in r:
+            self.projector(x)
+        z1, z2 = (self.projector(x) for x in r)
+        return (z1 * z2).sum().square()
+
+
+class HeadOnOthersToo(FromPixels):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        r = [self.backbone(batch[0] + noise) for noise in (0.0, 0.1)]
+        z1, z2 = (self.projector(x) for x in r)
+        return (z1 * z2).sum().square() + 0 * self.projector(r[0].detach().flip(0)).sum()
+
+
+class HeadOnNormalized(FromPixels):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        r = [self.backbone(batch[0] + noise) for noise in (0.0, 0.1)]
+        z = [self.projector(nn.functional.normalize(x)) for x in (*r, *r)]
+        return (z[0] * z[1]).sum().square()
+
+
+class HeadOnce(FromPixels):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        r = [self.backbone(batch[0] + noise) for noise in (0.0, 0.1)]
+        z1, z2 = (self.projector(x) for x in r)
+        return (z1 * z2).sum().square()
+
+
+@pytest.mark.parametrize("kind", [HeadTwice, HeadOnOthersToo])
+def test_of_a_head_that_is_called_more_often_the_calls_on_r_are_read(kind: Any) -> None:
+    found = []
+    for make in (HeadOnce, kind):
+        torch.manual_seed(3)
+        module, recorder = make(), Recorder("backbone", "projector")
+        fit(module, pixels(32, 16), AdaDim(native_loss="sample_contrastive"), recorder)
+        found.append({k: v for k, v in recorder.logged[0].items() if k.startswith(("dynamics", "loss"))})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_head_whose_calls_cannot_be_told_apart_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"32 rows.*64.*had 16, 16, 16, 16 rows, and a function"):
+        fit(HeadOnNormalized(), pixels(32, 16), DimensionMonitor())

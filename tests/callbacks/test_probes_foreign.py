@@ -1,19 +1,23 @@
 """Probes on modules of other people: labels wherever their batches have them, or loaders of the probe's own."""
 
 import random
+import re
 import warnings
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from adadim_lightning import DimensionMonitor, OnlineKNN, OnlineLinearProbe
+from adadim_lightning.callbacks.labels import LabelReader, count_classes
+from adadim_lightning.evaluation import linear_accuracy
 from tests.helpers import FixedPairs, Recorder, all_digits, assert_same_weights, every_epoch, fit
 
 BATCH = 16
@@ -159,6 +163,117 @@ def test_by_their_own_loaders_the_probes_learn_to_read_the_digits() -> None:
     assert float(used.callback_metrics["probe/knn_top1"]) > 0.85
 
 
+class Pixels(WithValidation):
+    """R are the pixels, which do not change."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=1e-3)
+        self.backbone = nn.Flatten()
+        self.projection_head = nn.Linear(64, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = next(x for x in (batch if isinstance(batch, list | tuple) else [batch]) if x.ndim > 2)
+        return self.projection_head(self.backbone(images)).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.backbone(batch[0])
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.rand(40, 1, 8, 8))
+
+
+class Scores(Callback):
+    """Accuracy and weights after each epoch."""
+
+    def __init__(self, probe: Any) -> None:
+        self.probe = probe
+        self.accuracies: list[float] = []
+        self.weights: list[Tensor] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.accuracies.append(float(trainer.callback_metrics["probe/linear_top1"]))
+        self.weights.append(self.probe.probe[1].weight.detach().clone())
+
+
+LENGTHS: dict[str, dict[str, Any]] = {
+    "1 epoch": {"max_epochs": 1},
+    "2 epochs": {"max_epochs": 2},
+    "4 epochs": {"max_epochs": 4},
+    "1 step": {"max_steps": 1},
+    "an epoch cut off": {"max_steps": 7, "max_epochs": -1},
+    "few batches": {"max_epochs": 2, "limit_train_batches": 1},
+    "no end but time": {"max_epochs": -1, "max_time": {"seconds": 1}},
+    "accumulated": {"max_epochs": 2, "accumulate_grad_batches": 4},
+    "validation within": {"max_epochs": 2, "val_check_interval": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["loader", "stream"])
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS.keys())
+def test_linear_probe_on_its_own_loaders_reads_as_well_after_any_length_of_training(
+    length: Any, kind: str
+) -> None:
+    train, val = pixels_and_labels("train", 1000), pixels_and_labels("test", 500)
+    expected = linear_accuracy(*[(x.flatten(1), y) for x, y in (train, val)])
+    loaders = [DataLoader(list(zip(*part, strict=True)), batch_size=250) for part in (train, val)]
+    probe = OnlineLinearProbe("backbone", train_loader=loaders[0], val_loader=loaders[1])
+    scores = Scores(probe)
+    data = DataLoader(Stream(), batch_size=8) if kind == "stream" else DataLoader(torch.rand(40, 1, 8, 8), 8)
+    fit(Pixels(), (data, held_out()), probe, scores, **length)
+    assert expected > 0.9
+    assert min(scores.accuracies) > expected - 0.04
+    for before, after in zip(scores.weights, scores.weights[1:], strict=False):
+        assert float((after - before).abs().max()) > 1e-3
+
+
+def test_linear_probe_learns_in_a_second_fit_as_in_the_first() -> None:
+    loaders = {"train_loader": labeled(1000), "val_loader": held_out(500)}
+    probe, module = OnlineLinearProbe("backbone", **loaders), Pixels()
+    scores = Scores(probe)
+    fit(module, unlabeled(1), probe, scores)
+    used = fit(module, unlabeled(1), probe, scores)  # with a new trainer
+    used.fit_loop.max_epochs = 3  # and on with the same one
+    used.fit(module, unlabeled(1))
+    assert len(scores.accuracies) == 4
+    assert min(scores.accuracies) > 0.9
+    assert scores.accuracies[-1] >= scores.accuracies[0] - 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_linear_probe_reads_representations_of_any_scale(scale: float) -> None:
+    module = Pixels()
+    module.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False))
+    module.backbone[1].weight = nn.Parameter(scale * torch.eye(64), requires_grad=False)
+    own = OnlineLinearProbe("backbone", train_loader=labeled(1000), val_loader=held_out(500))
+    beside = OnlineLinearProbe("backbone", num_classes=10, name="beside")
+    used = fit(module, (DataLoader(Digits("train", 1000), 50), held_out(500)), own, beside)
+    assert float(used.callback_metrics["probe/linear_top1"]) > 0.9
+    assert float(used.callback_metrics["beside/probe/linear_top1"]) > 0.8
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_linear_probe_learns_in_every_step_of_a_short_training(steps: int) -> None:
+    probe, data = OnlineLinearProbe(num_classes=10), DataLoader(Digits("train", steps * 32), 32)
+    changes: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int
+        ) -> None:
+            self.before = None if probe.probe is None else probe.probe[1].weight.detach().clone()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            weight = probe.probe[1].weight.detach()
+            changes.append(float((weight - (self.before if self.before is not None else 0)).abs().max()))
+
+    used = fit(Pixels(), (data, held_out(500)), probe, Watch())
+    assert len(changes) == steps
+    assert min(changes) > 1e-4
+    assert float(used.callback_metrics["probe/linear_top1"]) > 0.3
+
+
 def test_the_probe_can_lead_a_checkpoint_without_labels_in_the_training(tmp_path) -> None:
     probe = OnlineKNN(train_loader=labeled(), val_loader=held_out())
     best = every_epoch(tmp_path)
@@ -279,6 +394,144 @@ def test_the_labels_of_the_probes_own_loader_can_be_named_too() -> None:
     assert r.shape == (80, 48)
 
 
+class Pair(NamedTuple):
+    picture: Any
+    number: Any
+    kind: Any
+
+
+RIGHT: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "image, label": lambda x, y, i: (x, y),
+    "image, label, index": lambda x, y, i: (x, y, i),
+    "image, index, label": lambda x, y, i: (x, i, y),
+    "index, image, label": lambda x, y, i: (i, x, y),
+    "label, image": lambda x, y, i: (y, x),
+    "label, image, index": lambda x, y, i: (y, x, i),
+    "column": lambda x, y, i: (x, y[:, None]),
+    "index, column": lambda x, y, i: (x, i[:, None], y[:, None]),
+    "views, label, names": lambda x, y, i: ([x, x], y, [str(k) for k in i.tolist()]),
+    "index, views, label": lambda x, y, i: (i, [x, x], y),
+    "nested": lambda x, y, i: (x, (i, y)),
+    "dictionary": lambda x, y, i: {"index": i, "image": x, "target": y},
+    "dictionaries of views": lambda x, y, i: [{"image": x, "label": y}, {"image": x, "label": y}],
+    "dictionary of meta data": lambda x, y, i: {"image": x, "meta": {"patient": i % 3, "label": y}},
+    "named tuple": lambda x, y, i: Pair(x, i, y),
+    "named label": lambda x, y, i: namedtuple("Named", "target image id")(y, x, i % 3),
+    "named index": lambda x, y, i: namedtuple("Named", "image idx kind")(x, i % 3, y),
+    "list of numbers": lambda x, y, i: (x, y.tolist()),
+    "array": lambda x, y, i: (x, y.numpy()),
+    "small integers": lambda x, y, i: (x, y.to(torch.uint8)),
+    "floats beside": lambda x, y, i: (x, y, torch.rand(len(y))),
+    "attributes beside": lambda x, y, i: (x, y, torch.stack([i, y, i], dim=1)),
+    "some unlabeled": lambda x, y, i: (x, torch.where(i % 2 == 0, y, -1), i),
+    "none labeled": lambda x, y, i: (x, torch.full_like(y, -1), i),
+}
+REFUSED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "image": lambda x, y, i: x,
+    "images": lambda x, y, i: (x, x),
+    "index, image": lambda x, y, i: (i, x),
+    "two of them": lambda x, y, i: (x, y, i % 3),
+    "three of them": lambda x, y, i: (x, i, y, i % 3),
+    "before and behind": lambda x, y, i: (i % 3, x, y),
+    "one-hot": lambda x, y, i: (x, nn.functional.one_hot(y, 10)),
+    "one-hot, index": lambda x, y, i: (x, nn.functional.one_hot(y, 10).float(), i),
+    "several findings": lambda x, y, i: (x, torch.stack([y, y], dim=1)),
+    "floats": lambda x, y, i: (x, y.float()),
+    "floats, index": lambda x, y, i: (x, y.float(), i),
+    "words": lambda x, y, i: (x, [f"class {k}" for k in y.tolist()]),
+    "one number": lambda x, y, i: (x, y[0]),
+    "other names": lambda x, y, i: {"image": x, "species": y},
+    "two usual names": lambda x, y, i: {"image": x, "label": y, "target": i},
+    "views that differ": lambda x, y, i: [{"image": x, "label": y}, {"image": x, "label": i}],
+    "too few": lambda x, y, i: (x, y[:5]),
+}
+
+
+def rows_of_a_batch(shuffled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(500, generator=generator)[:64] if shuffled else torch.arange(64)
+    return torch.rand(64, 1, 8, 8), torch.randint(10, (64,), generator=generator), index
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("form", RIGHT.values(), ids=RIGHT.keys())
+def test_labels_are_found_in_layouts_that_leave_no_doubt(form: Any, shuffled: bool) -> None:
+    x, y, i = rows_of_a_batch(shuffled)
+    batch = form(x, y, i)
+    expected = {
+        RIGHT["some unlabeled"]: torch.where(i % 2 == 0, y, -1),
+        RIGHT["none labeled"]: torch.full_like(y, -1),
+    }
+    reader = LabelReader(None, "OnlineKNN")
+    for classes in (None, 10):
+        for source in ("train", "held-out"):
+            labels = reader.read(batch, 128, (source, classes), lambda classes=classes: classes)
+            assert torch.equal(labels, expected.get(form, y).repeat(2))
+    reader.check()
+
+
+@pytest.mark.parametrize("form", REFUSED.values(), ids=REFUSED.keys())
+def test_labels_that_are_in_doubt_are_an_error_that_lists_the_batch(form: Any) -> None:
+    x, y, i = rows_of_a_batch(True)
+    batch = form(x, y, i)
+    with pytest.raises(ValueError, match=r"labels=\.\.\., a key, a position or a function") as error:
+        LabelReader(None, "OnlineKNN").read(batch, 64, "train", lambda: None)
+    line = str(error.value)
+    assert "float32 (64, 1, 8, 8)" in line
+    assert "\n" not in line
+    entries = batch.items() if isinstance(batch, dict) else enumerate(batch) if isinstance(batch, tuple) else []
+    assert all(f"batch[{place!r}]: " in line for place, _ in entries)
+
+
+@pytest.mark.parametrize(("form", "remedy"), [("one-hot", "batch[1].argmax(1)"), ("floats", "batch[1].long()")])
+def test_the_remedy_in_the_message_is_one(form: str, remedy: str) -> None:
+    x, y, i = rows_of_a_batch(True)
+    batch = REFUSED[form](x, y, i)
+    with pytest.raises(ValueError, match=re.escape(f"such as lambda batch: {remedy}, give")):
+        LabelReader(None, "OnlineKNN").read(batch, 64, "train", lambda: None)
+    found = LabelReader(eval(f"lambda batch: {remedy}"), "OnlineKNN").read(batch, 64, "train", lambda: None)
+    assert torch.equal(found, y)
+
+
+def test_an_index_that_repeats_after_all_is_an_error_before_anything_is_logged() -> None:
+    """The first batch had labels that all differ beside a domain that repeats."""
+    batches = [
+        (torch.rand(4, 1, 8, 8), torch.tensor(y), torch.tensor([0, 0, 1, 1])) for y in ([1, 2, 3, 4], [5, 5, 6, 7])
+    ]
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="not clear which of these are the labels"):
+        fit(Pixels(), (DataLoader(batches, batch_size=None), held_out()), OnlineKNN(), recorder)
+    assert not recorder.logged
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_index_alone_is_not_taken_for_the_labels(own: bool) -> None:
+    images, _ = pixels_and_labels("train", 64)
+    indexed = DataLoader([(x, i) for i, x in enumerate(images)], batch_size=16, shuffle=True)
+    for probe in (OnlineKNN, OnlineLinearProbe):
+        made = probe(train_loader=indexed) if own else probe(**({} if probe is OnlineKNN else {"num_classes": 10}))
+        with pytest.raises(ValueError, match=r"no two of 64 images share a label|a label is"):
+            fit(Pixels(), (indexed, held_out()), made)
+
+
+def test_training_and_held_out_batches_may_be_laid_out_differently() -> None:
+    images, labels = pixels_and_labels("train", 256)
+    train = DataLoader([(x, i, y) for i, (x, y) in enumerate(zip(images, labels, strict=True))], batch_size=64)
+    val = DataLoader([(x, y, i) for i, (x, y) in enumerate(held_out().dataset)], batch_size=50)
+    plain = DataLoader(list(zip(images, labels, strict=True)), batch_size=64)
+    found = [fit(Pixels(), data, OnlineKNN()).callback_metrics for data in ((train, val), (plain, held_out()))]
+    assert found[0]["probe/knn_top1"] == found[1]["probe/knn_top1"] > 0.8
+
+
+def test_labels_of_a_named_place_must_be_class_numbers() -> None:
+    x, y, i = rows_of_a_batch(True)
+    with pytest.raises(ValueError, match=r"labels=1 gives int64 \(64, 10\): batch\[0\].*argmax"):
+        LabelReader(1, "OnlineKNN").read((x, nn.functional.one_hot(y, 10)), 64, "train", lambda: None)
+    with pytest.raises(ValueError, match=r"have no 'kind', given by labels=; they hold batch\['image'\]"):
+        LabelReader("kind", "OnlineKNN").read({"image": x}, 64, "train", lambda: None)
+    assert torch.equal(LabelReader("kind", "OnlineKNN").read(Pair(x, i, y), 64, "train", lambda: None), y)
+
+
 # How many classes there are.
 
 
@@ -298,6 +551,42 @@ class HuggingFace(Digits):
 
 class Numbered(Digits):
     num_classes = 17
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("num_classes", np.int64(10)),
+        ("num_classes", torch.tensor(10)),
+        ("classes", 10),
+        ("classes", np.int32(10)),
+        ("classes", [str(i) for i in range(10)]),
+        ("classes", {str(i): i for i in range(10)}),
+        ("targets", np.arange(10)),
+        ("labels", list(range(10))),
+    ],
+)
+def test_the_number_of_classes_may_be_of_any_kind(attribute: str, value: Any) -> None:
+    assert count_classes(SimpleNamespace(**{attribute: value})) == 10
+
+
+@pytest.mark.parametrize("value", [True, None, "ten", 10.5, lambda: 10])
+def test_what_is_no_number_of_classes_is_not_taken_for_one(value: Any) -> None:
+    assert count_classes(SimpleNamespace(num_classes=value, classes=None)) is None
+
+
+@pytest.mark.parametrize("how", ["given", "named", "own", "held out"])
+def test_a_label_beyond_the_classes_is_an_error_that_names_both(how: str) -> None:
+    data = Digits("train", 64)
+    probe = OnlineLinearProbe(num_classes=None if how == "named" else 9)
+    if how == "named":
+        data.num_classes = 9  # type: ignore[attr-defined]
+    elif how == "own":
+        probe = OnlineLinearProbe(num_classes=9, train_loader=DataLoader(data, 32))
+    elif how == "held out":
+        data.rows = [(x, y) for x, y in data.rows if y < 9]
+    with pytest.raises(ValueError, match=r"a label is 9, but OnlineLinearProbe has 9 classes.*num_classes=10"):
+        fit(Pixels(), (DataLoader(data, 64), held_out()), probe)
 
 
 @pytest.mark.parametrize(

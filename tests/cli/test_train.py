@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from adadim_lightning.cli.app import config_dir
 from adadim_lightning.cli.train import main
+from adadim_lightning.run_folder import LOCK
 
 # The picture takes longer than the rest.
 PLAIN = "~callbacks.dynamics_plot"
@@ -299,15 +300,43 @@ def test_full_error_brings_the_traceback_back(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(
     two_epochs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in two_epochs.iterdir() if path.is_file()}
+    files = (
+        x for x in two_epochs.iterdir() if x.is_file() and x.name != LOCK
+    )  # which is touched when it is taken
+    before = {path: path.stat().st_mtime_ns for path in files}
     assert run(monkeypatch, two_epochs, *ONE_STEP) == 1
     assert "holds a run already; resume=true goes on with it" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+def test_trainer_runs_no_code_in_a_checkpoint_that_was_replaced_after_it_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mark = tmp_path / "replaced.ckpt", tmp_path / "mark"
+    torch.save({"state_dict": {}, "callbacks": Code(mark)}, path)
+    command = importlib.import_module("adadim_lightning.cli.run")
+    monkeypatch.setattr(command, "find_past", lambda *_: command.Past(path))
+    assert run(monkeypatch, tmp_path / "run", *ONE_STEP, "resume=true") == 1
+    assert "Weights only load failed" in capsys.readouterr().err
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # it would have
+
+
 CUT = """
 from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.cli.train import main
+from adadim_lightning.run_folder import LOCK
 
 def end_after_second_epoch(checkpoints, trainer, signals):
     if trainer.current_epoch == 1:

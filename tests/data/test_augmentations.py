@@ -176,8 +176,9 @@ def of_device(name: str, module: Any) -> dict[str, Any]:
         assert float(added.low) == float(added.high) == 0
         found["threshold"] = float(sampler.low)
     elif name == "noise":
-        assert generator.mean == 0
-        found["std"] = generator.std
+        given = module.flags if generator is None else vars(generator)  # before Kornia 0.9, and since
+        assert given["mean"] == 0
+        found["std"] = given["std"]
     return found
 
 

@@ -43,7 +43,9 @@ def by_names(images) -> bool:
 def test_class_folders_at_the_root_are_split_by_class(tmp_path) -> None:
     fill(tmp_path, {"dog": 20, "cat": 10, "empty": 0})
     (tmp_path / "empty").mkdir()
-    data = load(tmp_path, held_out=0.2)
+    with pytest.warns(UserWarning, match=r"folders without an image are left out: .*empty$"):
+        data = load(tmp_path, held_out=0.2)
+    (tmp_path / "empty").rmdir()
     assert data.test is not None
     assert data.train.classes == data.test.classes == ["cat", "dog"]
     assert (data.train.labels.bincount().tolist(), data.test.labels.bincount().tolist()) == ([8, 16], [2, 4])
@@ -59,7 +61,8 @@ def test_pixels_stay_with_their_classes(tmp_path) -> None:
     fill(tmp_path / "train", ["b", "a"])
     fill(tmp_path / "val", ["b"])
     for in_memory in (True, False):
-        data = load(tmp_path, in_memory=in_memory)
+        with pytest.warns(UserWarning, match=r"1 of 2 classes \(a\) have no held-out image, so they are not sc"):
+            data = load(tmp_path, in_memory=in_memory)
         assert data.test is not None
         for folder, images in (("train", data.train), ("val", data.test)):
             for i, name in enumerate(images.names):
@@ -119,7 +122,8 @@ def test_labeled_says_whether_folders_are_classes(tmp_path) -> None:
     assert load(tmp_path / "one").num_classes is None
     assert load(tmp_path / "one", labeled=True).num_classes == 1
     write(tmp_path / "many" / "loose.png")
-    assert load(tmp_path / "many").num_classes is None
+    with pytest.warns(UserWarning, match=r"no classes: images lie beside the folders, such as .*loose\.png; move"):
+        assert load(tmp_path / "many").num_classes is None
     with pytest.raises(ValueError, match=r"labeled=true.*loose\.png does not"):
         load(tmp_path / "many", labeled=True)
 
@@ -127,12 +131,62 @@ def test_labeled_says_whether_folders_are_classes(tmp_path) -> None:
 def test_a_test_folder_without_classes_does_not_take_the_place_of_the_held_out_part(tmp_path) -> None:
     fill(tmp_path / "train", ["cat", "dog"], 10)
     write(tmp_path / "test" / "1.png")
-    data = load(tmp_path)
+    with pytest.warns(UserWarning, match=r"test is left out: nothing tells the classes of its images"):
+        data = load(tmp_path)
     assert data.test is not None
     assert data.is_labeled
     assert len(data.test) == 2
-    with pytest.raises(ValueError, match=r"nothing tells the classes of the images in .*test"):
+    with (
+        pytest.warns(UserWarning, match=r"test is left out"),
+        pytest.raises(ValueError, match=r"nothing tells the classes of the images in .*test"),
+    ):
         load(tmp_path, test_folder="test")
+
+
+def test_what_is_left_out_is_said(tmp_path) -> None:
+    fill(tmp_path / "train", ["cat", "dog"], 5)
+    fill(tmp_path / "val", ["cat", "dog"], 2)
+    for name in ("train/cat/1.npy", "train/cat/2.npy", "train/dog/x.HEIC", "train/dog/notes.txt", "val/dog/y.dcm"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "train" / "again").symlink_to(tmp_path / "train" / "cat")
+    write(tmp_path / "unlabeled" / "deep" / "1.png")
+    (tmp_path / "notes").mkdir()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data = load(tmp_path)
+    said = [str(x.message) for x in caught]
+    assert len(data.train) == 10
+    assert data.train.classes == ["cat", "dog"]
+    assert len(said) == 4
+    assert "left out are images outside the folders for training and held-out ones" in said[0]
+    assert said[0].endswith("unlabeled")
+    assert "train: files that are not read: 1 .heic, 2 .npy; images end in .avif" in said[1]
+    assert said[2].startswith("folders that lead where another has led are left out: ")
+    assert "val: files that are not read: 1 .dcm; " in said[3]
+    flat = tmp_path / "flat"
+    for name in ("train/1.png", "train/2.png", "val/3.png"):
+        write(flat / name)
+    with pytest.warns(UserWarning, match=r"val is left out: without classes in .*train nothing is scored"):
+        assert load(flat).test is None
+    fill(tmp_path / "single", ["a", "b"], 1)
+    with pytest.warns(UserWarning, match=r"each class has one image, so none is held out and nothing can be"):
+        assert load(tmp_path / "single").test is None
+
+
+def test_a_line_break_in_a_name_leaves_a_message_in_one_line(tmp_path) -> None:
+    fill(tmp_path, ["a", "b\nc\x1b[2J"], 10)
+    (tmp_path / "a" / "bad\nname.png").write_bytes(b"oops")
+    (tmp_path / "a" / "odd.x\ny").write_bytes(b"oops")
+    (tmp_path / "no\nthing").mkdir()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data = load(tmp_path)
+    said = [str(x.message) for x in caught]
+    assert len(said) == 3
+    assert all(x.isprintable() for x in said)
+    assert any(r"bad\nname.png; left out" in x for x in said)
+    assert data.train.classes == ["a", "b\nc\x1b[2J"]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match=r"bad\\nname\.png") as error:
+        load(tmp_path, max_unreadable=0)
+    assert str(error.value).isprintable()
 
 
 def tiny_imagenet(root: Path) -> None:

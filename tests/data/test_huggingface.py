@@ -160,12 +160,21 @@ def labels_of(folder: Path, columns: dict[str, list], **options) -> tuple[list[i
 
 def test_labels_are_found_by_type_or_name(tmp_path) -> None:
     assert labels_of(tmp_path, {"label": ["b", "a", "b", "c"]}) == ([1, 0, 1, 2], ["a", "b", "c"])
-    assert labels_of(tmp_path, {"label": [1, None, 0, 1]}) == ([1, -1, 0, 1], None)
-    assert labels_of(tmp_path, {"label": ["b", None, "a", "a"]}) == ([1, -1, 0, 0], ["a", "b"])
-    assert labels_of(tmp_path, {"label": [None, 1, 0, 1]}) == ([-1, 1, 0, 1], None)
     assert labels_of(tmp_path, {"label": [True, False, False, True]}) == ([1, 0, 0, 1], None)
-    assert labels_of(tmp_path, {"label": [-1, 0, 1, 0]}) == ([-1, 0, 1, 0], None)
-    assert labels_of(tmp_path, {"caption": ["x", "y", "z", "w"]}) == ([-1] * 4, None)
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 training images have no label \(none, or -1\); probes leave them out"
+    ):
+        assert labels_of(tmp_path, {"label": [1, None, 0, 1]}) == ([1, -1, 0, 1], None)
+    with pytest.warns(UserWarning, match=r"1 of 4 training images"):
+        assert labels_of(tmp_path, {"label": ["b", None, "a", "a"]}) == ([1, -1, 0, 0], ["a", "b"])
+    with pytest.warns(UserWarning, match=r"1 of 4 training images"):
+        assert labels_of(tmp_path, {"label": [None, 1, 0, 1]}) == ([-1, 1, 0, 1], None)
+    with pytest.warns(UserWarning, match=r"1 of 4 training images"):
+        assert labels_of(tmp_path, {"label": [-1, 0, 1, 0]}) == ([-1, 0, 1, 0], None)
+    with pytest.warns(
+        UserWarning, match=r"no column is taken for labels \(there are caption\); data.label_column="
+    ):
+        assert labels_of(tmp_path, {"caption": ["x", "y", "z", "w"]}) == ([-1] * 4, None)
     assert labels_of(tmp_path, {"kind": ["y", "x", "x", "y"]}, label_column="kind") == ([1, 0, 0, 1], ["x", "y"])
     assert labels_of(tmp_path, {"label": [0, 1, 0, 1]}, labeled=False) == ([-1] * 4, None)
     assert labels_of(tmp_path, {"label": [1, 2, 1, 0], "y": [0, 0, 0, 0]})[0] == [1, 2, 1, 0]
@@ -199,10 +208,16 @@ def test_a_class_keeps_its_number_in_the_held_out_split(tmp_path) -> None:
         tmp_path / "d" / "train.parquet", {"image": [encode(pixels(i)) for i in range(4)], "label": list("bcab")}
     )
     write(tmp_path / "d" / "test.parquet", {"image": [encode(pixels(i)) for i in range(3)], "label": list("czb")})
-    data = load(tmp_path / "d")
+    with pytest.warns(UserWarning, match="classes") as caught:
+        data = load(tmp_path / "d")
     assert data.test is not None
     assert data.train.labels.tolist() == [1, 2, 0, 1]
-    assert data.test.labels.tolist() == [2, -1, 1]
+    assert data.test.labels.tolist() == [2, 3, 1]
+    assert data.train.classes == data.test.classes == ["a", "b", "c", "z"]
+    assert [str(x.message) for x in caught] == [
+        "1 of 4 classes (z) have no training image, so probes cannot know them",
+        "1 of 4 classes (a) have no held-out image, so they are not scored",
+    ]
 
 
 def test_the_held_out_split_is_the_one_that_has_labels(tmp_path) -> None:
@@ -282,9 +297,17 @@ def test_mistakes_are_one_line_that_names_the_fix(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"image column is not clear from the types \(left, right of"):
         load(both)
     many = write(tmp_path / "many.parquet", {"image": [encode(pixels(0))] * 2, "label": [[1, 2], [3]]})
-    with pytest.raises(ValueError, match=r"data.label_column: label holds neither classes"):
+    with pytest.raises(ValueError, match=r"data.label_column: label has several values for one image; labels are"):
         load(many, label_column="label")
-    assert load(many).num_classes is None
+    with pytest.warns(UserWarning, match=r"no labels: the column label has several values for one image"):
+        assert load(many).num_classes is None
+    for column in ("text", "nested"):
+        odd = {"image": [encode(pixels(0))] * 2, "nested": [{"a": 1}, {"a": 2}], "text": ["a", "b"]}
+        with pytest.raises(ValueError, match=r"data.(label|image)_column: (nested|image) holds neither"):
+            load(
+                write(tmp_path / "odd.parquet", odd | {"n": [1, 2]}),
+                **({"label_column": "nested"} if column == "text" else {"image_column": "nested"}),
+            )
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nowhere", tmp_path / "d" / "*.arrow"):
         with pytest.raises(
@@ -381,7 +404,10 @@ def test_the_held_out_split_of_a_stream_is_kept_up_to_a_limit(tmp_path, monkeypa
 
 
 def test_a_stream_without_a_held_out_split_can_be_looked_at(tmp_path) -> None:
-    data = stream(splits(tmp_path / "d", test=0), shuffle_buffer=1)
+    with pytest.warns(
+        UserWarning, match=r"no probes: .* has no split to hold out, and a stream is not split; data"
+    ):
+        data = stream(splits(tmp_path / "d", test=0), shuffle_buffer=1)
     assert data.test is None
     assert not data.is_labeled
     images, labels = data.sample(3)
@@ -397,12 +423,16 @@ def test_words_for_labels_of_a_stream_are_numbered_by_the_held_out_images(tmp_pa
     write(tmp_path / "d" / "train.parquet", {"image": images, "label": ["b", "c", "a", None]})
     write(tmp_path / "d" / "test.parquet", {"image": images, "label": list("bbaa")})
     data = stream(tmp_path / "d", shuffle_buffer=1)
-    assert [label for _, label in data.train] == [1, -1, 0, -1]
+    with pytest.warns(
+        UserWarning, match=r"labels of the stream that no held-out image has, such as c, count as mis"
+    ):
+        assert [label for _, label in data.train] == [1, -1, 0, -1]
     assert data.test is not None
     assert data.test.labels.tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.filterwarnings("default:images of the stream")
+@pytest.mark.filterwarnings("default:no probes")
 def test_damaged_images_of_a_stream_are_counted_in_each_epoch(tmp_path) -> None:
     images = [encode(pixels(i)) for i in range(6)]
     images[2], images[4] = b"oops", None

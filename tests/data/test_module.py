@@ -278,8 +278,10 @@ def test_each_class_has_an_image_in_both_parts_however_small_the_share() -> None
 
 
 def test_nothing_is_held_out_where_that_is_wanted_or_there_is_nothing_to_score() -> None:
-    for labels, share in (([0, 0, 1, 1], 0), ([0, 0, 1, 1], 0.0), ([-1] * 5, 0.2), ([0, 1, 2], 0.2)):
+    for labels, share in (([0, 0, 1, 1], 0), ([0, 0, 1, 1], 0.0), ([-1] * 5, 0.2)):
         assert split(labels, share) == (labels, None)
+    with pytest.warns(UserWarning, match=r"each class has one image, so none is held out"):
+        assert split([0, 1, 2], 0.2) == ([0, 1, 2], None)
 
 
 @pytest.mark.parametrize("share", [1.0, 4, 1, -1, 1.5, True, "a"])

@@ -21,6 +21,9 @@ from scipy.io import savemat
 from adadim_lightning.data import ImageData, torchvision_images
 from tests.data.pictures import DATASETS, encode, pixels, views
 
+# Sets as small as these lack classes in one part, which is said.
+pytestmark = pytest.mark.filterwarnings("ignore:.* (classes|images) .*have no:UserWarning")
+
 
 def load(name: str, root: Path, *, grey: bool = False, **options) -> ImageData:
     options = {"views": views(1 if grey else 3), "batch_size": 2, "download": False, **options}

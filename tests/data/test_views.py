@@ -281,3 +281,14 @@ def test_drawn_views_are_the_image_and_three_pairs_in_its_colors() -> None:
         for column in range(7):
             expected = image if column == 0 else 1 - image
             assert abs(shown[7 * row + column] - expected).max() < 1e-5
+
+
+def test_mean_and_std_of_rgb_become_those_of_grey_and_back() -> None:
+    options = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    grey = TwoViews({"flip": {}}, channels=1, **options)
+    assert grey.mean.flatten().tolist() == pytest.approx([0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406])
+    assert grey.std.flatten().tolist() == pytest.approx([0.299 * 0.229 + 0.587 * 0.224 + 0.114 * 0.225])
+    assert grey.clean(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 1, 8, 8)
+    color = TwoViews({"flip": {}}, mean=[0.3], std=[0.4], channels=3)
+    assert color.mean.flatten().tolist() == pytest.approx([0.3] * 3)
+    assert TwoViews({"flip": {}}, channels=3, **options).std.flatten().tolist() == pytest.approx(options["std"])

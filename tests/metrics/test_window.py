@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adadim_lightning.distributed import rank
 from adadim_lightning.functional import eigenvalue_spectrum
-from adadim_lightning.metrics.window import RecentRows
+from adadim_lightning.metrics.window import RecentRows, size_and_spread
 
 from .distributed import Processes
 
@@ -50,6 +50,36 @@ def test_a_window_with_fewer_rows_than_dimensions_a_step_is_exact(step: int, cen
     x = drifting(6 * step)
     reading = read_by_steps(RecentRows(10_000, center=center), x, step=step, steps_per_read=1)
     assert_spectrum_of(reading, x, center=center)
+
+
+@centered_and_not
+@pytest.mark.parametrize(("rows", "d"), [(5, 8), (60, 8), (5, 4097), (1, 8)])
+def test_size_and_spread_are_those_of_the_rows(rows: int, d: int, center: bool) -> None:
+    x = torch.randn(rows, d) * 0.01 + 3
+    window = RecentRows(10_000, center=center)
+    for batch in x.split(2):
+        window.update(batch)
+        window.close()
+    wide = x.double()
+    size, spread = wide.square().mean().sqrt().item(), (wide - wide.mean(dim=0)).square().mean().sqrt().item()
+    assert window.size_and_spread() == pytest.approx((size, spread), rel=1e-5, abs=1e-7)
+    assert size_and_spread(x) == pytest.approx((size, spread), rel=1e-5, abs=1e-7)
+
+
+def of_both(parts: list[Tensor]) -> list[tuple[float, float]]:
+    window = RecentRows(10_000)
+    window.update(parts[rank()])
+    return [window.size_and_spread(), size_and_spread(parts[rank()])]
+
+
+@pytest.mark.parametrize("counts", [(3, 5), (40, 9)])
+def test_two_processes_see_size_and_spread_of_all_rows(counts: tuple[int, int], two_processes: Processes) -> None:
+    x = drifting(sum(counts)).double()
+    first, second = two_processes.run(of_both, list(x.float().split(list(counts))))
+    assert first == second
+    expected = x.square().mean().sqrt().item(), (x - x.mean(dim=0)).square().mean().sqrt().item()
+    for found in first:
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_reading_twice_changes_nothing() -> None:

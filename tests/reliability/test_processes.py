@@ -280,7 +280,9 @@ def test_command_with_two_processes_scores_and_logs_once(whole: Path) -> None:
         r = trained.backbone.eval()(trained.views.clean(test.images))
     states = checkpoint["callbacks"]
     bank, labels = (torch.cat(x) for x in zip(*states["OnlineKNN{}"]["bank"], strict=True))
-    norm_and_linear = nn.Sequential(nn.BatchNorm1d(r.shape[1], affine=False), nn.Linear(r.shape[1], 10)).eval()
+    norm_and_linear = nn.Sequential(
+        nn.BatchNorm1d(r.shape[1], eps=1e-10, affine=False), nn.Linear(r.shape[1], 10)
+    ).eval()
     norm_and_linear.load_state_dict(states["OnlineLinearProbe{}"]["probe"])
     found = {
         "probe/knn_top1": knn_predict(r, bank, labels, k=20, temperature=0.07),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from matplotlib import colormaps
 from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -73,10 +74,10 @@ def open_page(browser: Browser) -> Iterator[Open]:
     assert wrong == []
 
 
-def report(root: Path) -> Path:
+def report(root: Path, metric: str | None = None) -> Path:
     """Read the runs below a folder and write the page."""
     runs, warnings = read_runs([root])
-    study = Study(runs, warnings=warnings)
+    study = Study(runs, metric, warnings=warnings)
     path = root / "report.html"
     write_page(study, study.arms[0] if study.arms else None, path, [path.with_name("a picture.png")])
     return path
@@ -207,6 +208,58 @@ def test_a_phone_shows_it_without_scrolling_sideways(sweep: Path, open_page: Ope
     box = page.locator("#table .box")
     assert box.evaluate("box => box.scrollWidth > box.clientWidth")  # the table scrolls in its own box
     assert page.evaluate("document.querySelector('[data-plot=plane]').layout.dragmode") is False
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 414, 800])
+def test_long_names_do_not_widen_the_page(tmp_path: Path, width: int, open_page: Open) -> None:
+    metric = "metric/" + "long_name_" * 12
+    words = ["value_without_any_break_at_all_" * 8, "非常长的名字" * 40, "many words " * 40]
+    for i, word in enumerate(words):
+        folder, values = tmp_path / f"{i}-{'folder' * 20}", {metric: float(i)}
+        write_run(folder, f"some.key={word}", error="E" * 300, level=0.1 * i, values=values)
+    page = open_page(report(tmp_path, metric), width=width, has_touch=True, is_mobile=width < 500)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    title = page.locator('[data-plot="plane"] .cbtitle').bounding_box()
+    assert title is not None
+    assert title["x"] >= 0
+    assert title["x"] + title["width"] <= width
+    choice = page.locator("label:has(#baseline)").bounding_box()
+    assert choice is not None
+    assert choice["height"] < 90  # its words are beside or above it, not a letter a line
+    page.locator('[data-plot="plane"] .points path').first.hover(force=True)
+    hover = page.locator('[data-plot="plane"] .hoverlayer .hovertext')
+    hover.first.wait_for()
+    box = hover.first.bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+
+
+@needs_browser
+def test_plots_use_the_font_of_the_page(sweep: Path, open_page: Open) -> None:
+    page = open_page(sweep)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.locator('[data-plot="plane"] .points path').first.hover(force=True)
+    page.locator('[data-plot="plane"] .hoverlayer text').first.wait_for()
+    families = "[...document.querySelectorAll('.main-svg text')].map(text => getComputedStyle(text).fontFamily)"
+    assert set(page.evaluate(families)) == {page.evaluate("getComputedStyle(document.body).fontFamily")}
+
+
+@needs_browser
+def test_single_runs_of_arms_have_the_colors_of_their_accuracies(tmp_path: Path, open_page: Open) -> None:
+    write_sweep(tmp_path, [f"a={i}" for i in range(5)], [0])
+    page = open_page(report(tmp_path))
+    plane = "document.querySelector('[data-plot=plane]')"
+    ends = page.evaluate(f"[...{plane}.querySelectorAll('.points path')].map(path => path.style.fill)")[:5]
+    accuracies = [0.9 - 0.02 * i for i in range(5)]
+    scale = colormaps["viridis"]
+    for end, accuracy in zip(ends, accuracies, strict=True):
+        wanted = [255 * part for part in scale((accuracy - 0.82) / 0.08)[:3]]
+        assert [int(x) for x in end[4:-1].split(",")] == pytest.approx(wanted, abs=12)
+    lines = page.evaluate(f"{plane}.data.filter(t => t.mode === 'lines').map(t => t.line.color)")
+    assert len(set(lines)) == 5
 
 
 @needs_browser

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import wandb
 
-from adadim_lightning.report.runs import RunRecord, flattened, nested, read_runs
+from adadim_lightning.report.runs import RunRecord, flattened, nested, read_runs, seed_of
 from adadim_lightning.report.wandb_file import read_wandb_file
 from adadim_lightning.run_folder import run_lock
 from tests.report.runs import history, write_run, write_sweep
@@ -123,9 +124,16 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `wandb` of two real offline runs, one of which failed; long enough for several blocks."""
     root = tmp_path_factory.mktemp("wandb")
     for seed in (0, 1):
-        config = {"objective.gamma": 0.1, "seed": seed, "overrides": ["objective.gamma=0.1", f"seed={seed}"]}
+        config = {
+            "objective.gamma": 0.1,
+            "_wandb.t": [seed],
+            "seed": seed,
+            "overrides": ["objective.gamma=0.1", f"seed={seed}"],
+        }
         settings = wandb.Settings(silent=True, x_disable_stats=True, x_disable_machine_info=True, console="off")
-        run = wandb.init(project="p", dir=str(root), mode="offline", config=config, settings=settings)
+        run = wandb.init(
+            project="p", name="größe 0.1", dir=str(root), mode="offline", config=config, settings=settings
+        )
         for epoch in range(60):
             run.log(
                 {"epoch": epoch, "dynamics/H_R": 3 + epoch, "trainer/global_step": 10 * epoch, "pad": "x" * 900}
@@ -141,6 +149,8 @@ def test_offline_runs_of_wandb_are_read_from_their_files(offline: Path) -> None:
     runs, warnings = read_runs([offline])
     assert warnings == []
     first, second = sorted(runs, key=lambda run: run.seed or 0)
+    assert [run.title for run in runs] == ["größe 0.1"] * 2
+    assert [run.name for run in runs] == [f"größe 0.1 ({f.stem})" for f in sorted(offline.rglob("run-*.wandb"))]
     assert (first.status, first.error) == ("ok", None)
     assert (second.status, second.error) == ("failed", "exit code 1")
     assert first.overrides == ["objective.gamma=0.1", "seed=0"]
@@ -155,6 +165,27 @@ def test_offline_runs_of_wandb_are_read_from_their_files(offline: Path) -> None:
 def test_one_folder_or_file_of_wandb_is_enough(offline: Path) -> None:
     file = min(offline.glob("offline-run-*/run-*.wandb"))
     assert only(file.parent).values == only(file).values != {}
+
+
+def test_a_foreign_run_is_called_what_its_user_called_it(offline: Path) -> None:
+    assert only(min(offline.glob("offline-run-*"))).name == "größe 0.1"
+
+
+@pytest.mark.parametrize(
+    ("config", "seed"),
+    [
+        ({"seed": 3, "data": {"seed": 4}}, 3),
+        ({"seed_everything": 3}, 3),
+        ({"trainer": {"random_seed": 3}, "data": {"seed": 3}}, 3),
+        ({"trainer": {"random_seed": "3"}}, 3),
+        ({"model": {"seed": 3}, "data": {"seed": 4}}, None),
+        ({"seed": None}, None),
+        ({"seed": [1, 2]}, None),
+        ({}, None),
+    ],
+)
+def test_seed_of_a_foreign_run_is_found_under_its_usual_keys(config: dict[str, Any], seed: int | None) -> None:
+    assert seed_of(config) == seed
 
 
 def test_a_wandb_file_that_is_cut_off_gives_what_is_whole(offline: Path, tmp_path: Path) -> None:

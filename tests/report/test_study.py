@@ -87,6 +87,54 @@ def test_runs_of_unknown_command_lines_are_told_apart_by_configuration_else_by_n
     assert labels(unknown("a", gamma=0.1)) == ["a"]
 
 
+def foreign(name: str, title: str | None = None, *, seed: int | None = None, **config: object) -> RunRecord:
+    """A run of another program, of which only its logger's file is left."""
+    return RunRecord(name, Path(name), config={**config, "seed": seed}, seed=seed, title=title)
+
+
+def test_arms_of_foreign_runs_are_called_what_their_user_called_the_runs() -> None:
+    assert labels(foreign("x", "simclr", lr=0.1), foreign("y", "byol", lr=0.2)) == ["simclr", "byol"]
+    # One configuration: repeats of each name, since no seed tells of any other.
+    runs = [foreign("x", "simclr"), foreign("y", "byol"), foreign("z", "simclr"), foreign("w")]
+    assert [[run.name for run in arm.runs] for arm in Study(runs).arms] == [["x", "z"], ["y"], ["w"]]
+    assert labels(*runs) == ["simclr", "byol", "w"]
+    for run in runs:
+        run.config = {}
+    assert labels(*runs) == ["simclr", "byol", "w"]
+
+
+def test_foreign_runs_that_differ_in_their_seed_are_one_arm_whatever_they_are_called() -> None:
+    runs = [
+        foreign(f"{lr}/{seed}", f"lr{lr}-s{seed}", seed=seed, lr=lr, model={"seed": seed})
+        for lr in (1, 2)
+        for seed in (0, 1, 2)
+    ]
+    assert labels(*runs) == ["lr=1", "lr=2"]
+    assert labels(*runs[:3]) == ["1/0 and 2 more"]
+
+
+def test_foreign_arms_of_one_name_are_told_apart_by_what_differs() -> None:
+    assert labels(foreign("x", "simclr", lr=1), foreign("y", "simclr", lr=2)) == ["simclr lr=1", "simclr lr=2"]
+
+
+def test_labels_hide_what_tools_note_for_themselves() -> None:
+    def of(name: str, kind: str, **private: object) -> RunRecord:
+        optimizer = {"_target_": f"torch.optim.{kind}", "_partial_": kind == "SGD"}
+        private |= {"_wandb": {"t": name}, "hparams": {"_class_path": name}, "net": f"<Net object at 0x7f{name}>"}
+        return foreign(name, optimizer=optimizer, **private)
+
+    assert labels(of("1", "SGD"), of("2", "AdamW")) == ["optimizer=torch.optim.SGD", "optimizer=torch.optim.AdamW"]
+    assert labels(of("1", "SGD"), of("2", "SGD")) == ["1 and 1 more"]
+
+
+def test_long_values_are_cut_in_labels() -> None:
+    first, second = labels(foreign("x", layers="a" * 300), foreign("y", layers="b" * 300))
+    assert first == f"layers={'a' * 39}\N{HORIZONTAL ELLIPSIS}"
+    alike = labels(foreign("x", layers="a" * 300), foreign("y", layers="a" * 299 + "b"))
+    assert [label.rpartition(" ")[2] for label in alike] == ["(x)", "(y)"]
+    assert second.startswith("layers=b")
+
+
 def test_unreadable_runs_belong_to_no_arm() -> None:
     assert labels(record("0", "a=1"), record("1", "a=1", status="unreadable")) == ["a=1"]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,15 @@ from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
 from adadim_lightning.metrics.window import RecentRows
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
-from adadim_lightning.steering import NATIVE_LOSSES, NativeLoss, Target, loss_of, replace_loss, steered_loss
+from adadim_lightning.steering import (
+    NATIVE_LOSSES,
+    NativeLoss,
+    NativeScale,
+    Target,
+    loss_of,
+    replace_loss,
+    steered_loss,
+)
 
 
 class AdaDim(DimensionMonitor):
@@ -29,12 +38,15 @@ class AdaDim(DimensionMonitor):
     - Without ``native_loss`` and ``target``: alpha and beta of the :class:`~adadim_lightning.AdaDimLoss` that is
       found in the model.
     - ``native_loss="sample_contrastive"`` (SimCLR, MoCo, DCL, NNCLR ...):
-      :math:`\alpha \kappa L_\text{native} + (1 - \alpha) L_\text{VICReg} + \beta I_2(R; Z)`.
+      :math:`\alpha L_\text{native} + s \big((1 - \alpha) L_\text{VICReg} + \beta I_2(R; Z)\big)`.
     - ``native_loss="dimension_contrastive"`` (VICReg, Barlow Twins, W-MSE ...):
-      :math:`(1 - \alpha) L_\text{native} + \alpha \kappa L_\text{NT-Xent} + \beta I_2(R; Z)`.
-    - ``native_loss="other"`` (BYOL, DINO, MAE ...): :math:`L_\text{native}` + ``weight`` times the whole of
-      :class:`~adadim_lightning.AdaDimLoss`; of a single view, that of the view with itself.
+      :math:`(1 - \alpha) L_\text{native} + s \big(\alpha \kappa L_\text{NT-Xent} + \beta I_2(R; Z)\big)`.
+    - ``native_loss="other"`` (BYOL, DINO, MAE ...): :math:`L_\text{native}` + ``weight`` :math:`s` times the
+      whole of :class:`~adadim_lightning.AdaDimLoss`; of a single view, that of the view with itself.
     - ``target="criterion.alpha"``: writes alpha to this attribute of the model, and leaves its loss alone.
+
+    The native loss keeps its size, so that a tuned learning rate fits as before; with ``kappa="match"`` :math:`s`,
+    the ratio of the gradients of the native loss and of VICReg at Z, scales the added terms to it.
 
     The model needs no change: the loss that its ``training_step`` returns is replaced while the fit lasts, from R
     and Z of the same forward pass, so accumulation and the scale of mixed precision apply to the added terms too.
@@ -51,12 +63,12 @@ class AdaDim(DimensionMonitor):
         target: dotted name of a number or a one-element tensor of the model that takes alpha.
         observe: change nothing, but log what it would do; the parts of the loss then are means over the measured
             steps, and ``kappa="match"`` stays at 1. The only way with a model that optimizes by hand.
-        objective: the added terms and gamma, with ``native_loss`` or ``observe``.
+        objective: the added terms and gamma, with ``native_loss`` or ``observe``; a copy is kept.
         weight: of the added objective with ``native_loss="other"``.
         momentum: sources of R and Z of the momentum branch, for a model whose student sees one view of each image
             (MoCo): they are the second view. Their rows must be in the order of the student's.
         pool: makes rows of tokens or maps, as for :class:`DimensionMonitor`.
-        balance: how alpha and beta move, and how Z is measured for it; AdaDim's rule by default.
+        balance: how alpha and beta move, and how Z is measured for it, AdaDim's rule by default; a copy is kept.
         every_n_steps: longest time between the readings that are logged.
         window: rows behind a reading that is logged.
         spectrum: of the effective ranks that are logged.
@@ -120,8 +132,13 @@ class AdaDim(DimensionMonitor):
         self.observe = observe
         self.weight = weight
         self.momentum = None if momentum is None else Feed(*momentum, pool=pool)
-        self.objective = objective if objective is not None else AdaDimLoss()
-        self.balance = balance if balance is not None else Balance(EffectiveRankSchedule())
+        # Copies, so that what is given to several callbacks carries nothing from one fit to another.
+        self._given = _copied(
+            objective if objective is not None else AdaDimLoss(),
+            balance if balance is not None else Balance(EffectiveRankSchedule()),
+        )
+        self.objective, self.balance = _copied(*self._given)
+        self.native_scale = NativeScale()
         # What alpha is read from: the rows that are logged, or others where the balance asks for them.
         self.balance_plan = MeasuringPlan(
             self.balance.window, self.balance.every_n_steps, epoch_end=self.balance.every_n_steps is None
@@ -139,6 +156,10 @@ class AdaDim(DimensionMonitor):
         self._batch: Any = None
         self._views: list[list[Tensor]] | None = None
         self._undo: Callable[[], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        of_a_fit = ("_balanced", "_target", "_batch", "_views", "_undo")
+        return super().__getstate__() | dict.fromkeys(of_a_fit)
 
     @property
     def alters_loss(self) -> bool:
@@ -202,10 +223,17 @@ class AdaDim(DimensionMonitor):
             self._undo()
         self._undo = self._batch = self._views = None
 
+    def _forget(self) -> None:
+        """Begin with the objective and the balance as they were given: a schedule may have a state of its own."""
+        self.objective, self.balance = _copied(*self._given)
+        self.native_scale = NativeScale()
+        super()._forget()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn how long the training is."""
         self._steps = training_steps(trainer)
         self.objective.to(pl_module.device)
+        self.native_scale.to(pl_module.device)
         self.guard.to(pl_module.device)
 
     # The loss of a module that has its own.
@@ -242,7 +270,8 @@ class AdaDim(DimensionMonitor):
             rows_z,
             self.objective,
             weight=self.weight,
-            embeddings=z.originals if self._adds_terms and NATIVE_LOSSES[self.native_loss] else None,
+            embeddings=z.originals if self._adds_terms else None,
+            native_scale=self.native_scale,
         )
 
     def _total(self, pl_module: LightningModule, native: Tensor, outputs: Any) -> Tensor:
@@ -341,6 +370,7 @@ class AdaDim(DimensionMonitor):
         state = super().state_dict() | {
             "balance": self.balance.state_dict(),
             "objective": self.objective.state_dict(),
+            "native_scale": self.native_scale.state_dict(),
         }
         return state if self.shares_rows else state | {"balance_z": self.balance_z.state_dict()}
 
@@ -353,5 +383,17 @@ class AdaDim(DimensionMonitor):
         if not self.objective.match_gradients:
             objective["kappa"] = self.objective.kappa  # a setting, no state
         self.objective.load_state_dict(objective)
+        if "native_scale" in state_dict:
+            self.native_scale.load_state_dict(state_dict["native_scale"])
         if not self.shares_rows and "balance_z" in state_dict:  # else the balance had other settings
             self.balance_z.load_state_dict(state_dict["balance_z"])
+
+
+def _copied(objective: AdaDimLoss, balance: Balance) -> tuple[AdaDimLoss, Balance]:
+    try:
+        return deepcopy((objective, balance))
+    except Exception as error:
+        raise ValueError(
+            f"AdaDim works on copies of objective and balance, but one of them cannot be copied ({error}); leave "
+            "out what copy.deepcopy refuses, such as a generator or a lock in a schedule"
+        ) from error

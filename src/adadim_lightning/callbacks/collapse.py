@@ -31,12 +31,17 @@ Policy = Literal["warn", "stop", "rollback"]
 
 NEGATIVE_NATS = -0.1  # I_2 of good runs scatters around 0 by less
 FALLEN = 0.75  # share of the highest ER(R), below which it has fallen
+SHRUNK = 0.05  # share of the largest spread of Z, below which it has shrunk; in good runs it stays above 0.4
+ALIGNED = 0.9  # cosine of Z's rows, above which they point the same way; in good runs it stays below 0.81
+APART = 0.75  # a cosine below it before: R as Z may begin above 0.98
 ALPHA_PATIENCE = 4  # times the other: a bound may be right for a while
 ALPHA_MARGIN = 0.005  # alpha = ER / d is never 0, nor often 1
 
 REMEDY = {
     "rank_r": "lower the learning rate, or look at what the views leave of an image",
     "rank_z": "lower the learning rate, or raise the objective's variance_weight",
+    "scale": "Z shrinks to a point: raise the objective's variance_weight, or lower the weight decay",
+    "direction": "raise the objective's variance_weight; a loss without negatives needs a predictor",
     "information": "lower gamma, or give I(R;Z) a floor: much of it rewards a collapse",
     "non_finite": "lower the learning rate, or set gradient_clip_val",
     "alpha": "the bound leads, not ER(Z): look at its normalizer, alpha_min and alpha_max",
@@ -50,12 +55,16 @@ class Watch:
     Attributes:
         step: of the last reading.
         highest: ER(R) of all readings.
+        spread: largest of Z, of all readings and the first step.
+        cosine: lowest of Z's rows, of the same.
         streaks: number of the last readings that were bad, of each kind.
         told: kinds that last, and that a warning told of.
     """
 
     step: int = -1
     highest: float = 0.0
+    spread: float = 0.0
+    cosine: float = 1.0
     streaks: dict[str, int] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
@@ -66,18 +75,29 @@ class Watch:
             self.told.remove(kind)
         return self.streaks[kind]
 
+    def measure(self, er_r: float, size_z: float, spread_z: float) -> None:
+        """Keep what is furthest from a collapse."""
+        self.highest = max(self.highest, er_r)
+        self.spread = max(self.spread, spread_z)
+        self.cosine = min(self.cosine, _cosine(size_z, spread_z))
+
     def bad(self) -> list[str]:
         """Kinds that last; alpha's is no harm."""
         return [kind for kind, streak in self.streaks.items() if streak and kind != "alpha"]
 
 
 class CollapseGuard(TappingCallback):
-    """Watches the ranks of R and Z, I(R;Z), alpha, the loss and the gradients, and acts when they go wrong.
+    """Watches ranks, the scale and direction of Z, I(R;Z), alpha, loss and gradients, and acts when they go wrong.
 
     It reads the :class:`~adadim_lightning.DimensionMonitor` and :class:`~adadim_lightning.AdaDim` callbacks before
     it, whose readings it has taken (two spectra each; an ``AdaDim`` takes them anyway), and knows these events:
 
     - ``rank_r``, ``rank_z``: an effective rank near 1 at ``patience`` readings in a row.
+    - ``scale``: the spread of Z, the root mean square of its entries' deviations from the mean row, is below a
+      twentieth of its largest (of 1, if that is larger) as often in a row: Z shrinks to a point, in all dimensions
+      alike, which its rank does not show.
+    - ``direction``: the cosine between rows of Z, their mean's share of the mean square, is above 0.9 as often in
+      a row, and was below 0.75 before: all point the same way.
     - ``information``: ER(R) is a quarter below its highest while I_2 is clearly negative, as often in a row: the
       end of a large gamma.
     - ``non_finite``: a NaN or infinity in the loss, the gradients, R or Z. An
@@ -229,8 +249,10 @@ class CollapseGuard(TappingCallback):
             watch = self._watches.setdefault(monitor.state_key, Watch())
             if reading is None or reading.step == watch.step:
                 continue
-            watch.step, watch.highest = reading.step, max(watch.highest, reading.er_r)
-            for kind, seen in self._seen(monitor, reading, watch.highest).items():
+            watch.step = reading.step
+            watch.measure(0.0, *monitor.first_z)
+            watch.measure(reading.er_r, reading.size_z, reading.spread_z)
+            for kind, seen in self._seen(monitor, reading, watch).items():
                 streak = watch.take(kind, bool(seen))
                 if not seen or streak < self.patience * (ALPHA_PATIENCE if kind == "alpha" else 1):
                     continue
@@ -245,14 +267,20 @@ class CollapseGuard(TappingCallback):
                     self._note(trainer, kind, message, "stop")
                     raise CollapseError(message)
 
-    def _seen(self, monitor: DimensionMonitor, reading: Reading, highest: float) -> dict[str, str]:
+    def _seen(self, monitor: DimensionMonitor, reading: Reading, watch: Watch) -> dict[str, str]:
         """What is bad about a reading, by the kind of event; empty where nothing is."""
         er_r, er_z, i_rz = reading.er_r, reading.er_z, reading.i_rz
-        fallen = i_rz < NEGATIVE_NATS and er_r < FALLEN * highest
+        fallen = i_rz < NEGATIVE_NATS and er_r < FALLEN * watch.highest
+        cosine = _cosine(reading.size_z, reading.spread_z)
+        aligned = cosine > ALIGNED and watch.cosine < APART
+        # At most 1, which VICReg asks for: an untrained Z may be far too large.
+        shrunk = reading.spread_z < SHRUNK * min(watch.spread, 1)
         return {
             "rank_r": f"ER(R) = {er_r:.2f}" if er_r < self.min_rank else "",
             "rank_z": f"ER(Z) = {er_z:.2f}" if er_z < self.min_rank else "",
-            "information": f"ER(R) fell from {highest:.1f} to {er_r:.1f} and I(R;Z) to {i_rz:.2f} nats"
+            "scale": f"the spread of Z fell from {watch.spread:.2g} to {reading.spread_z:.2g}" if shrunk else "",
+            "direction": f"all rows of Z point the same way, at a cosine of {cosine:.3f}" if aligned else "",
+            "information": f"ER(R) fell from {watch.highest:.1f} to {er_r:.1f} and I(R;Z) to {i_rz:.2f} nats"
             if fallen
             else "",
             "alpha": _bound(monitor),
@@ -269,9 +297,11 @@ class CollapseGuard(TappingCallback):
     # What to do.
 
     def _warn(self, trainer: Trainer, watch: Watch, kind: str, seen: str) -> None:
-        """One line, once while it lasts."""
+        """One line, once while it lasts; no other sign of a collapse that the rank of Z has shown."""
         if kind not in watch.told:
             watch.told.append(kind)
+            if kind in ("scale", "direction") and "rank_z" in watch.told:
+                return
             message = f"{seen}; {REMEDY[kind]}"
             self._note(trainer, kind, message, "warn")
             rank_zero_warn(message)
@@ -381,6 +411,11 @@ class CollapseGuard(TappingCallback):
         self.events = [dict(event) for event in state_dict["events"]]
         self._rolled_back = state_dict["rolled_back"]
         self._watches = {key: Watch(**values) for key, values in deepcopy(state_dict["watches"]).items()}
+
+
+def _cosine(size: float, spread: float) -> float:
+    """Mean cosine between rows that are equally long: their mean's share of the mean square."""
+    return 1 - (spread / size) ** 2 if size else 1.0
 
 
 def _bound(monitor: DimensionMonitor) -> str:

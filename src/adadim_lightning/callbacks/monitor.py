@@ -21,7 +21,7 @@ from adadim_lightning.functional.spectrum import (
     _spectral_entropy_of_eigenvalues,
 )
 from adadim_lightning.guard import FiniteGuard, NonFiniteError
-from adadim_lightning.metrics.window import RecentRows
+from adadim_lightning.metrics.window import RecentRows, size_and_spread
 from adadim_lightning.tap import NotCalledError
 
 MOST_SNAPSHOTS = 256
@@ -70,12 +70,16 @@ class Reading:
         er_r: effective rank of the last rows of R.
         er_z: effective rank of the last rows of Z.
         i_rz: I_2(R;Z) in nats, mean over the batches measured since the reading before.
+        size_z: root mean square of the entries of the last rows of Z.
+        spread_z: root mean square of their deviations from the mean row.
     """
 
     step: int
     er_r: float
     er_z: float
     i_rz: float
+    size_z: float
+    spread_z: float
 
 
 class DimensionMonitor(TappingCallback):
@@ -161,6 +165,7 @@ class DimensionMonitor(TappingCallback):
         self.guard = FiniteGuard()
         self.finite = True  # R and Z of the last step that was to be measured
         self._since = (torch.zeros(()), 0)  # as the two above, since the last reading
+        self.first_z = (0.0, 0.0)  # size and spread of Z in the first step that was read
         self._due: tuple[int, Tensor, int] | None = None  # a reading nobody asked for yet
         self._reading: Reading | None = None
 
@@ -176,7 +181,8 @@ class DimensionMonitor(TappingCallback):
             er_r, er_z = (
                 rank_of_eigenvalues(rows.read()[0], self.spectrum) for rows in (self.recent_r, self.recent_z)
             )
-            self._reading = Reading(step, er_r, er_z, float(information) / measured)
+            size_z, spread_z = self.recent_z.size_and_spread()
+            self._reading = Reading(step, er_r, er_z, float(information) / measured, size_z, spread_z)
             self._due = None
         return self._reading
 
@@ -275,6 +281,7 @@ class DimensionMonitor(TappingCallback):
             if r_views and self._all_finite([*r_views, *z_views], may_go_on):
                 if self._rows_per_step == 0:
                     self._rows_per_step = sum(map(len, r_views)) * world_size()
+                    self.first_z = size_and_spread(torch.cat(z_views))
                 if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
                     self._measure(r_views, z_views)
             if self.plan.reads_after(self._step):
@@ -374,6 +381,7 @@ class DimensionMonitor(TappingCallback):
             "log_n": self._log_n,
             "since": [float(self._since[0]), self._since[1]],
             "rows_per_step": self._rows_per_step,
+            "first_z": list(self.first_z),
             "recent_r": self.recent_r.state_dict(),
             "recent_z": self.recent_z.state_dict(),
             "spectra": self.spectra,
@@ -390,6 +398,8 @@ class DimensionMonitor(TappingCallback):
         self._since = (torch.tensor(information), measured)
         self._due = self._reading = None
         self._rows_per_step = state_dict["rows_per_step"]
+        size, spread = state_dict.get("first_z", (0.0, 0.0))
+        self.first_z = (size, spread)
         self.recent_r.load_state_dict(state_dict["recent_r"])
         self.recent_z.load_state_dict(state_dict["recent_z"])
         self.spectra = state_dict["spectra"]

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DistributedSampler
 
-from adadim_lightning.callbacks.labels import Labels, labels_of
+from adadim_lightning.callbacks.labels import LabelReader, Labels, count_classes, find_num_classes
 from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.distributed import world_size
 from adadim_lightning.feed import Feed, Pool, Source, batch_size_of, images_of
@@ -39,14 +40,18 @@ class OnlineProbe(TappingCallback):
         self.representation = representation
         self.train_loader = train_loader
         self.val_loader = val_loader
-        self.labels = labels
+        self._labels = LabelReader(labels, type(self).__name__)
         self._feed = Feed(representation, pool=pool)
         self._seen = 0  # held-out images of the loader that is being read
         self._hits = torch.zeros(2, dtype=torch.long)  # rows that were classified right, and all
+        self._scores = False  # whether it knows enough to score the validation that runs
+        self._missing = ""  # reason why no accuracy was logged
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the tap."""
         self._hits = torch.zeros(2, dtype=torch.long)
+        self._labels.forget()
+        self._missing = ""
         self._feed.open(pl_module)
 
     def _feeds(self) -> list[Feed]:
@@ -57,11 +62,17 @@ class OnlineProbe(TappingCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is nothing to score on."""
+        self._missing = "the training ended before a validation"
         if self.val_loader is None and not trainer.enable_validation:
             rank_zero_warn(
                 f"{type(self).__name__} has nothing to score on: the model has no validation loop; give it "
                 "val_loader=..."
             )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there was something to score on, and yet no accuracy."""
+        if self._missing and (self.val_loader is not None or trainer.enable_validation):
+            rank_zero_warn(f"{type(self).__name__} has logged no {self._key(self.key)}: {self._missing}")
 
     # Steps of the model.
 
@@ -76,8 +87,8 @@ class OnlineProbe(TappingCallback):
     ) -> None:
         """Learn from a training step."""
         skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
-        if self.train_loader is None and not skipped:
-            self._learn(trainer, *self._read(batch, outputs))
+        if self.train_loader is None:
+            self._learn(trainer, None if skipped else self._read(trainer, batch, outputs, "train"))
         self._feed.release()
 
     def on_validation_batch_start(
@@ -98,7 +109,7 @@ class OnlineProbe(TappingCallback):
         """Score a held-out batch."""
         if self._scores_steps(trainer):
             try:
-                r, labels = self._read(batch, outputs)
+                r, labels = self._read(trainer, batch, outputs, dataloader_idx)
             except NotCalledError as error:
                 raise NotCalledError(
                     f"{error}; name what the model calls in validation too, or give {type(self).__name__} "
@@ -121,12 +132,13 @@ class OnlineProbe(TappingCallback):
         self._hits = self._hits.to(r.device) + torch.stack([(right & known).sum(), known.sum()])
 
     def _scores_steps(self, trainer: Trainer) -> bool:
-        return self.val_loader is None and self._ready() and trainer.state.fn == "fit"
+        return self.val_loader is None and self._scores and trainer.state.fn == "fit"
 
-    def _read(self, batch: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+    def _read(self, trainer: Trainer, batch: Any, outputs: Any, source: int | str) -> tuple[Tensor, Tensor]:
         [views] = self._feed.read(batch, outputs)
         r = torch.cat(views.rows).detach().float()
-        return r, labels_of(batch, len(r), self.labels).to(r.device)
+        labels = self._labels.read(batch, len(r), source, partial(self._classes, trainer))
+        return r, labels.to(r.device)
 
     # Loaders of the probe's own.
 
@@ -135,11 +147,11 @@ class OnlineProbe(TappingCallback):
         if self.val_loader is None and trainer.state.fn == "fit":
             if not trainer.sanity_checking:
                 self._learn_from_loader(trainer, pl_module)
-            self._before_scoring(pl_module.device)
+            self._prepare(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation batches."""
-        if self._scores_steps(trainer):
+        if self.val_loader is None and trainer.state.fn == "fit":
             self._log_accuracy(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,29 +159,38 @@ class OnlineProbe(TappingCallback):
         self._feed.release()  # a step that was begun and left out
         if self.val_loader is not None:
             self._learn_from_loader(trainer, pl_module)
-            self._before_scoring(pl_module.device)
-            if self._ready():
+            self._prepare(pl_module)
+            if self._scores:
                 self._score_loader(pl_module, self.val_loader)
-                self._log_accuracy(pl_module)
+            self._log_accuracy(pl_module)
+
+    def _prepare(self, pl_module: LightningModule) -> None:
+        self._labels.check()
+        self._scores = self._prepare_to_score(pl_module.device)
+        if self._missing:
+            self._missing = f"no {'held-out image' if self._scores else 'image to learn from'} had a label"
 
     @torch.no_grad()
     def _score_loader(self, pl_module: LightningModule, loader: Iterable[Any]) -> None:
         index = -1
-        for index, (batch, r, labels) in enumerate(self._embed(pl_module, loader)):
+        for index, (batch, r, labels) in enumerate(self._embed(pl_module, loader, "own held-out")):
             self._score(loader, batch, index, r, labels)
         if index < 0:
             raise ValueError("the val_loader of a probe has no batch")
 
     def _learn_from_loader(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.train_loader is not None:
-            rows = [(r, labels) for _, r, labels in self._embed(pl_module, self.train_loader)]
+            rows = [(r, labels) for _, r, labels in self._embed(pl_module, self.train_loader, "own")]
             if not rows:
                 raise ValueError("the train_loader of a probe has no batch")
             r, labels = (torch.cat(x) for x in zip(*rows, strict=True))
+            self._labels.check_shared(labels[labels >= 0], 1)
             self._learn_all(trainer, r, labels)
 
     @torch.no_grad()
-    def _embed(self, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    def _embed(
+        self, pl_module: LightningModule, loader: Iterable[Any], source: str
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Each batch, its R and its labels, by the tapped submodule in evaluation mode; the random state stays."""
         tapped = self._feed.submodule(pl_module)
         with isolate_rng(), evaluating(tapped):
@@ -183,18 +204,20 @@ class OnlineProbe(TappingCallback):
                 self._feed.record(True)
                 pixels = images.is_floating_point() or images.dtype == torch.uint8
                 tapped(images.to(pl_module.dtype) if pixels else images)
-                rows = self._read(batch, None)
+                rows = self._read(pl_module.trainer, batch, None, source)
                 self._feed.release()
                 yield batch, *rows
 
     def _log_accuracy(self, pl_module: LightningModule) -> None:
-        """Log the share of hits among the held-out rows of all processes."""
+        """Log the share of hits among the held-out rows of all processes, which all must call this."""
+        self._labels.check()
         hits = self._hits.to(pl_module.device)
         self._hits = torch.zeros_like(hits)
         if world_size() > 1:
             dist.all_reduce(hits)
         right, rows = hits.tolist()
         if rows:
+            self._missing = ""
             pl_module.log(
                 self._key(self.key), right / rows, on_step=False, on_epoch=True, batch_size=1, sync_dist=True
             )
@@ -204,19 +227,25 @@ class OnlineProbe(TappingCallback):
     key: str
 
     @abstractmethod
-    def _learn(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
-        """Learn from the rows of a training step, shapes ``(N, d)`` and ``(N,)``."""
+    def _learn(self, trainer: Trainer, rows: tuple[Tensor, Tensor] | None) -> None:
+        """Learn from the rows of a training step and their labels, shapes ``(N, d)`` and ``(N,)``.
+
+        All processes call this in each step; the rows are None where the step was skipped.
+        """
 
     @abstractmethod
     def _learn_all(self, trainer: Trainer, r: Tensor, labels: Tensor) -> None:
         """Learn from all rows of the probe's own loader."""
 
-    def _before_scoring(self, device: torch.device) -> None:
-        """Prepare to score rows on a device."""
-
     @abstractmethod
-    def _ready(self) -> bool:
-        """Whether it has learned anything yet."""
+    def _prepare_to_score(self, device: torch.device) -> bool:
+        """Prepare to score rows on a device; False if nothing was learned yet. All processes call this."""
+
+    def _classes(self, trainer: Trainer) -> int | None:
+        """Number of classes, where it is known."""
+        if self.train_loader is None:
+            return find_num_classes(trainer)
+        return count_classes(getattr(self.train_loader, "dataset", None))
 
     @abstractmethod
     def _predict(self, r: Tensor) -> Tensor:

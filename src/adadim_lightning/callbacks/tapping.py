@@ -42,8 +42,12 @@ class TappingCallback(Callback):
             if self._blank is None:
                 self._blank = deepcopy(self.state_dict())
             elif self._followed is None or self._followed() is not pl_module:
-                self.load_state_dict(deepcopy(self._blank))
+                self._forget()
             self._followed = ref(pl_module)
+
+    def _forget(self) -> None:
+        """Return to the state before the first fit."""
+        self.load_state_dict(deepcopy(self._blank or {}))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the taps."""

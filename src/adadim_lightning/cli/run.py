@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -43,6 +44,17 @@ from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
 
 TERMINATED = 143  # as shells number a SIGTERM
+
+
+class DataOnlyCheckpointIO(TorchCheckpointIO):
+    """Read checkpoints without running code in them.
+
+    ``Trainer.fit`` has an argument for that since Lightning 2.6; before, it would unpickle whatever a file holds.
+    """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        """Load tensors and plain values to the CPU, whatever Lightning asks for."""
+        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
 def train(
@@ -225,7 +237,7 @@ class Run:
             precision=trainer.get("precision") or best_precision(trainer.get("accelerator", "auto")),
             logger=loggers,
             callbacks=callbacks,
-            plugins=slurm.plugins(),
+            plugins=[*slurm.plugins(), DataOnlyCheckpointIO()],
             default_root_dir=str(self.folder),
             # Left alone, Lightning adds a bar of its own beside our plain lines.
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
@@ -306,7 +318,7 @@ class Run:
         assert self.trainer is not None
         slurm.requeue_when_told()
         try:
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.past.checkpoint, weights_only=True)
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.past.checkpoint)
         except Exception as error:
             # Slurm sends SIGTERM to all processes of a job: without its loader's workers, or submitit's call of
             # scontrol, the training fails, but that is no fault of its own.

@@ -6,11 +6,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
-Encoded = str | Path | bytes | Image.Image
-"""An image as a file, the bytes of one, or what Pillow made of it."""
+from adadim_lightning.data.pixels import DataError, DeepImage, PixelScale, printable
+
+Encoded = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
+"""An image as a file, the bytes of one, what Pillow made of it, or its pixels."""
 
 MODES = {1: "L", 3: "RGB"}
 # What Pillow raises for files that are cut off, damaged, too large, or no images at all.
@@ -19,6 +23,8 @@ _BROKEN = (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.Decompr
 
 def is_broken(error: Exception) -> bool:
     """Whether an error of decoding speaks of the image, not of the program."""
+    if isinstance(error, DataError):
+        return False  # it speaks of a setting
     return isinstance(error, _BROKEN) or type(error).__module__ == "struct"
 
 
@@ -37,44 +43,104 @@ def no_warnings() -> Iterator[None]:
 
 
 @no_warnings()
-def decode(source: Encoded, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
+def decode(
+    source: Encoded, *, channels: int = 3, at_least: int | None = None, scale: PixelScale | None = None
+) -> Image.Image:
     """Decode an image: the first frame, upright, in grey or RGB.
 
     Args:
-        source: a file, its bytes, or an opened image.
+        source: a file, its bytes, an opened image, or pixels: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``.
         channels: 1 or 3.
         at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its sides stay
             this long.
+        scale: of the set, for images of more than 8 bits; None finds that of this image.
 
     Returns:
-        Image of mode ``L`` or ``RGB``; 16-bit grey is scaled to 8 bits, transparency shown on white. Floats
-        count from 0 to 1, or to 255 or 65535 where one exceeds that.
+        Image of mode ``L`` or ``RGB``; transparency is shown on white, and pixels that are not finite are black.
 
     Raises:
         OSError, ValueError, SyntaxError: it is no image, or damaged.
+        DataError: its pixels do not fit the scale, or no usual one.
     """
-    return decode_in_thread(source, channels, at_least)
+    name = printable(source) if isinstance(source, str | Path) else "the image"
+    return decode_in_thread(source, channels, at_least, scale, name)
 
 
-def decode_in_thread(source: Encoded, channels: int, at_least: int | None) -> Image.Image:
+def decode_in_thread(
+    source: Encoded, channels: int, at_least: int | None, scale: PixelScale | None, name: str
+) -> Image.Image:
     """:func:`decode` where other threads do so too: the caller keeps warnings away, by :func:`no_warnings`."""
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)  # type: ignore[assignment]
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    if at_least is not None:
-        image.draft(None, (at_least, at_least))
-    if "exif" in image.info or image.format in ("TIFF", "PNG"):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip them
-        top = 65535
-        if image.mode == "F":
-            top = next((x for x in (1, 255) if image.getextrema()[1] <= x), top)  # type: ignore[operator]
-        image = image.convert("F").point(lambda x: x * (255 / top)).convert("L")
-        image.info.pop("transparency", None)  # counted in 16 bits
+    image = _opened(source)
+    if isinstance(image, Image.Image):
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        if "exif" in image.info or image.format in ("TIFF", "PNG"):
+            image = ImageOps.exif_transpose(image)
+        if _is_deep(image):  # Pillow's own conversion would clip them
+            image = _pixels(image)
+    if not isinstance(image, Image.Image):
+        if scale is None:
+            scale = PixelScale.of([DeepImage(name, image)])
+        image = Image.fromarray(scale.to_bytes(image, name))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(MODES[channels])
+
+
+def deep_image(source: Encoded, name: str) -> DeepImage | None:
+    """The pixels of an image of more than 8 bits; None for others, which are not decoded.
+
+    Raises:
+        DataError: 16 bits a color of which Pillow, which reads the upper eight, would lose nearly all.
+    """
+    image = _opened(source)
+    if isinstance(image, Image.Image) and _is_deep(image):
+        return DeepImage(name, _pixels(image))
+    if isinstance(image, Image.Image):
+        if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+            top = int(np.percentile(np.asarray(image.convert("RGB")), 99.5))
+            if 0 < top < 64:
+                top = 256 * top + 255
+                raise DataError(
+                    f"{printable(name)} has colors of 16 bits that use only 0 to {top} of 65535, and only "
+                    "their upper eight bits are read; save such images with 8 bits, or scaled to 65535"
+                )
+        return None
+    return DeepImage(name, image)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
+def _pixels(image: Image.Image) -> np.ndarray[Any, Any]:
+    pixels = np.asarray(image)
+    # Pillow opens 16 bits of some formats, such as PGM, as 32.
+    return pixels.astype(np.uint16) if image.mode == "I" and image.format not in ("TIFF", None) else pixels
+
+
+def _opened(source: Encoded) -> Image.Image | np.ndarray[Any, Any]:
+    """An image of Pillow, or pixels of more than 8 bits."""
+    if isinstance(source, np.ndarray):
+        return _of_array(source)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)  # type: ignore[assignment]
+    return source if isinstance(source, Image.Image) else Image.open(source)
+
+
+def _of_array(pixels: np.ndarray[Any, Any]) -> Image.Image | np.ndarray[Any, Any]:
+    if pixels.dtype.kind not in "biuf" or pixels.size == 0:
+        raise ValueError(f"an array of {pixels.dtype} and shape {pixels.shape} is no image")
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[-1] not in (3, 4)):
+        raise ValueError(f"an array of shape {pixels.shape} is no image of 1, 3 or 4 channels")
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * 255
+    return Image.fromarray(np.ascontiguousarray(pixels)) if pixels.dtype == np.uint8 else pixels
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

@@ -3,20 +3,47 @@
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from adadim_lightning.data.decoding import check_channels
 from adadim_lightning.data.images import ImageFiles
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.data.splits import class_indices, hold_out, image_data
+from adadim_lightning.data.pixels import printable
+from adadim_lightning.data.splits import class_indices, first_few, hold_out, image_data
 
 ENDINGS = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 }
+READ = " ".join(sorted(ENDINGS))
 TRAIN = ("train", "training", "ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train.X*")
 TEST = ("val", "valid", "validation", "test", "testing", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val.X*")
+NOTES = {
+    *(
+        "",
+        ".txt",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".md",
+        ".rst",
+        ".html",
+        ".htm",
+        ".pdf",
+    ),
+    *(".db", ".ini", ".log", ".py", ".ipynb", ".sh", ".md5", ".lock"),
+}
+"""Endings of files that lie beside images without being such."""
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -31,6 +58,7 @@ def image_folder(
     image_size: int | None = 224,
     channels: int = 3,
     max_unreadable: int = 100,
+    pixel_range: Sequence[float] | None = None,
     in_memory: bool | None = None,
     title: str | None = None,
     **options: Any,
@@ -41,8 +69,8 @@ def image_folder(
     ``ILSVRC/Data/CLS-LOC/...`` and in ``train.X1`` and the like; else the images below ``root`` are all there is.
     Class folders tell the classes. The classes of held-out images that do not lie in class folders come from
     ``val_annotations.txt`` (Tiny-ImageNet), ``LOC_val_solution.csv`` or the unpacked development kit (ImageNet);
-    where nothing tells them, a part of the training images is held out. Hidden files, and those whose names do
-    not end as images do, do not count.
+    where nothing tells them, a part of the training images is held out. Hidden files and folders do not count, nor
+    do files whose names do not end as images do; what else is left out is said in a warning.
 
     Args:
         root: the folder.
@@ -54,7 +82,9 @@ def image_folder(
         held_out: the share of images with classes that is held out where there is no folder of such.
         image_size: side of the square that the images are scaled and cut to; None leaves them.
         channels: 1 or 3.
-        max_unreadable: number of images that may be left out because they cannot be read.
+        max_unreadable: number of training images that may be left out because they cannot be read, and of
+            held-out images.
+        pixel_range: values of black and white in images of more than 8 bits; None finds them.
         in_memory: decode all images once; None does so if they take no more than 2 GiB.
         title: name of the data set, for messages.
         options: of :class:`ImageData`: ``views``, ``batch_size``, ``num_workers``.
@@ -72,8 +102,10 @@ def image_folder(
     wanted = _names_of(classes)
     train_roots = next(iter(_choose(root, train_folder, TRAIN)), [root])
     test_choices = [] if train_roots == [root] and test_folder is None else _choose(root, test_folder, TEST)
-    if train_folder is None and train_roots != [root] and not test_choices:
-        _check_no_class(root, train_roots[0])
+    if train_folder is None and train_roots != [root]:
+        if not test_choices:
+            _check_no_class(root, train_roots[0])
+        _report_beside(root, [train_roots, *_choose(root, None, TEST), *test_choices])
 
     def images(files: list[str], names: list[str] | None, known: Sequence[str] | None) -> ImageFiles:
         return ImageFiles(
@@ -83,6 +115,7 @@ def image_folder(
             channels=channels,
             classes=known,
             max_unreadable=max_unreadable,
+            pixel_range=pixel_range,
         )
 
     files, folders = _list(train_roots)
@@ -103,6 +136,7 @@ def image_folder(
             names = folders if set(folders) <= everything else _annotated(roots[0], files)
             names = _classes(files, folders, None) if names is None else names
             if names is None:
+                rank_zero_warn(f"{printable(roots[0])} is left out: nothing tells the classes of its images")
                 continue
             strange = sorted(set(names) - everything)
             if strange:
@@ -118,6 +152,9 @@ def image_folder(
             )
         if test is None:
             train, test = hold_out(train, held_out)
+    elif test_choices:
+        left = first_few([printable(roots[0]) for roots in test_choices])
+        rank_zero_warn(f"{left} is left out: without classes in {printable(train_roots[0])} nothing is scored")
     return image_data(train, test, in_memory=in_memory, title=title or root.resolve().name, **options)
 
 
@@ -176,28 +213,84 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith(".")
 
 
-def _walk(folder: Path) -> list[str]:
-    """All images below a folder, in a fixed order; of a folder to which several links lead, once."""
-    found: list[str] = []
+@dataclass
+class _Tree:
+    """What lies below a folder: its images in a fixed order, and what is not read."""
+
+    images: list[str] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+    twice: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+
+
+def _walk(folder: Path) -> _Tree:
+    """Walk through a folder; of one to which several links lead, the images count once."""
+    tree = _Tree()
     seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    above: dict[str, frozenset[tuple[int, int]]] = {}
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: tree.closed.append(str(error.filename)))
+    for parent, folders, files in walk:
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up would never end
+        place = status.st_dev, status.st_ino
+        if place in seen:  # a link that leads back up would never end
             folders.clear()
+            if place not in above.get(os.path.dirname(parent), ()):
+                tree.twice.append(parent)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [os.path.join(parent, name) for name in sorted(files) if _is_image(name)]
-    return found
+        seen.add(place)
+        above[parent] = above.get(os.path.dirname(parent), frozenset()) | {place}
+        # Folders before links to them, whose images keep the folder's name then.
+        folders[:] = sorted(
+            (x for x in folders if not x.startswith(".")),
+            key=lambda x: (os.path.islink(os.path.join(parent, x)), x),
+        )
+        tree.images += [os.path.join(parent, name) for name in sorted(files) if _is_image(name)]
+        shown = [name for name in files if not name.startswith(".") and not _is_image(name)]
+        tree.endings.update(os.path.splitext(name)[1].lower() for name in shown)
+    return tree
+
+
+def _report_tree(root: Path, tree: _Tree) -> None:
+    """Warn of what lies below a folder of images and is not read."""
+    other = {ending: count for ending, count in tree.endings.items() if ending not in NOTES}
+    if other:
+        shown = first_few([f"{count:,} {printable(ending)}" for ending, count in sorted(other.items())])
+        rank_zero_warn(f"{printable(root)}: files that are not read: {shown}; images end in {READ}")
+    if tree.twice:
+        rank_zero_warn(f"folders that lead where another has led are left out: {_few(tree.twice)}")
+    if tree.closed:
+        rank_zero_warn(f"folders that cannot be opened are left out: {_few(tree.closed)}")
+    holding = {Path(file).relative_to(root).parts[0] for file in tree.images}
+    gone = {Path(path) for path in tree.twice + tree.closed}
+    empty = [x for x in sorted(root.iterdir()) if x.is_dir() and x.name not in holding and x not in gone]
+    empty = [x for x in empty if not x.name.startswith((".", "__"))]
+    if empty:
+        rank_zero_warn(f"folders without an image are left out: {_few(empty)}")
+
+
+def _report_beside(root: Path, used: list[list[Path]]) -> None:
+    """Warn of folders with images that lie beside those of training and held-out images."""
+    known = [path.resolve() for roots in used for path in roots]
+    beside = [x for x in sorted(root.iterdir()) if x.is_dir() and not x.name.startswith((".", "__"))]
+    beside = [x for x in beside if not any(path.is_relative_to(x.resolve()) for path in known)]
+    files = (any(map(_is_image, chain.from_iterable(names for *_, names in os.walk(x)))) for x in beside)
+    left = [x for x, has_images in zip(beside, files, strict=True) if has_images]
+    if left:
+        rank_zero_warn(f"left out are images outside the folders for training and held-out ones: {_few(left)}")
+
+
+def _few(names: Sequence[object]) -> str:
+    return first_few([printable(name) for name in names])
 
 
 def _list(roots: list[Path]) -> tuple[list[str], list[str]]:
     """Images below some folders, and for each the folder in these that it lies in; empty for one beside them."""
-    files = [(root, file) for root in roots for file in _walk(root)]
+    trees = {root: _walk(root) for root in roots}
+    files = [(root, file) for root, tree in trees.items() for file in tree.images]
+    for root, tree in trees.items():
+        _report_tree(root, tree)
     if not files:
-        raise ValueError(
-            f"no image is in {', '.join(map(str, roots))}; names of images end in {' '.join(sorted(ENDINGS))}"
-        )
+        raise ValueError(f"no image is in {', '.join(map(str, roots))}; names of images end in {READ}")
     parts = [os.path.relpath(file, root).split(os.sep) for root, file in files]
     return [file for _, file in files], [x[0] if len(x) > 1 else "" for x in parts]
 
@@ -206,10 +299,15 @@ def _classes(files: list[str], folders: list[str], labeled: bool | None) -> list
     """The class of each image; None where there are no classes."""
     if labeled is None:
         labeled = "" not in folders and len(set(folders)) > 1
+        if "" in folders and len(set(folders)) > 2:
+            rank_zero_warn(
+                f"no classes: images lie beside the folders, such as {printable(files[folders.index('')])}; move "
+                "them into folders of classes, or set data.labeled=false"
+            )
     if labeled and "" in folders:
         raise ValueError(
-            f"with data.labeled=true each image lies in the folder of its class, but {files[folders.index('')]} "
-            "does not"
+            "with data.labeled=true each image lies in the folder of its class, but "
+            f"{printable(files[folders.index('')])} does not"
         )
     return folders if labeled else None
 
@@ -235,7 +333,7 @@ def _annotated(folder: Path, files: list[str]) -> list[str] | None:
     missing = next((file for file, stem in zip(files, stems, strict=True) if stem not in table), None)
     if missing is not None:
         listed = annotations if annotations.exists() else solution or truth
-        raise ValueError(f"{missing} is not in the list of classes, {listed}")
+        raise ValueError(f"{printable(missing)} is not in the list of classes, {listed}")
     return [table[stem] for stem in stems]
 
 

@@ -7,21 +7,25 @@ import re
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from adadim_lightning.data.decoding import Encoded, check_channels, decode, fit_square, is_broken
-from adadim_lightning.data.images import UNLABELED, ImageFiles, UnreadableImagesError
+from adadim_lightning.data.decoding import Encoded, check_channels, decode, deep_image, fit_square, is_broken
+from adadim_lightning.data.images import ImageFiles, UnreadableImagesError
+from adadim_lightning.data.labels import MOST_CLASSES, UNLABELED, Categories
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.data.splits import hold_out, image_data
+from adadim_lightning.data.pixels import SAMPLED, DeepImage, PixelScale, printable
+from adadim_lightning.data.splits import first_few, hold_out, image_data
 from adadim_lightning.distributed import world_size
 from adadim_lightning.extras import require
 
@@ -49,13 +53,15 @@ def huggingface(
     image_size: int | None = None,
     channels: int = 3,
     max_unreadable: int = 100,
+    pixel_range: Sequence[float] | None = None,
     in_memory: bool | None = None,
     **options: Any,
 ) -> ImageData:
     """A data set of the hub by its name, or local files: parquet, arrow, webdataset, or of ``save_to_disk``.
 
-    The columns are found by their types: the one that holds images, and the one of class labels. Labels that are
-    words are numbered in the order of the alphabet; those of a stream, in that of its held-out images.
+    The columns are found by their types: the one that holds images or pixels, and the one of class labels. Labels
+    without names are categories whatever their type: the distinct ones of the training and held-out images are
+    numbered in their order; of a stream, those of its held-out images, and others count as missing.
 
     Args:
         path: name on the hub; or a file, a folder, or a pattern with ``*``, whose files are named after their
@@ -73,7 +79,9 @@ def huggingface(
         shuffle_buffer: of a stream, images among which the next is drawn.
         image_size: side of the square that the images are scaled and cut to; None leaves them.
         channels: 1 or 3.
-        max_unreadable: number of images that may be left out because they cannot be read.
+        max_unreadable: number of training images that may be left out because they cannot be read, and of
+            held-out images.
+        pixel_range: values of black and white in images of more than 8 bits; None finds them.
         in_memory: decode all images once; None does so if they take no more than 2 GiB.
         options: of :class:`ImageData`: ``views``, ``batch_size``, ``num_workers``.
 
@@ -95,51 +103,128 @@ def huggingface(
             "image_size": image_size,
             "channels": channels,
             "max_unreadable": max_unreadable,
+            "pixel_range": pixel_range,
         }
 
-        def table(split: str) -> tuple[Any, str, str | None]:
+        def read(split: str) -> _Split:
             found = splits[split]
             found = found._resolve_features() if found.features is None else found  # a stream that does not say
-            image = _image_column(datasets, found.features, image_column)
-            label = _label_column(datasets, found.features, label_column) if labeled else None
-            found = found.cast_column(image, datasets.Image(decode=False))
-            return found.select_columns([image] + ([] if label is None else [label])), image, label
+            image = _image_column(datasets, found.features, image_column, label_column)
+            label = _label_column(datasets, found.features, label_column, image) if labeled else None
+            if not _pixel_type(found.features[image]):
+                found = found.cast_column(image, datasets.Image(decode=False))
+            return _Split(found.select_columns([image] + ([] if label is None else [label])), image, label)
 
-        def images(split: str, classes: Sequence[str] | None = None) -> ImageFiles:
-            found, image, label = table(split)
+        def whole(split: str) -> _Split:
+            part = read(split)
             if streaming:
-                rows = list(found.take(MOST_OF_A_STREAM))
+                rows = list(part.table.take(MOST_OF_A_STREAM))
                 if not rows:
                     raise ValueError(f"the split {split!r} of {path} is empty")
-                found = datasets.Dataset.from_list(rows, features=found.features)
-            labels = torch.full((len(found),), UNLABELED)
-            if label is not None:
-                written = list(found[label])
-                classes = _class_names(found.features[label], written) if classes is None else classes
-                labels = _numbers(written, classes)
-            return ImageFiles(_Rows(found, image), labels, classes=classes, **fitting)
+                part = part._replace(table=datasets.Dataset.from_list(rows, features=part.table.features))
+            return part.with_labels()
+
+        def images(part: _Split, categories: Categories | None) -> ImageFiles:
+            unlabeled = torch.full((len(part.table),), UNLABELED)
+            labels = unlabeled if categories is None or part.label is None else categories.tensor(part.labels)
+            names = None if categories is None else categories.names
+            return ImageFiles(_Rows(part.table, part.image), labels, classes=names, **fitting)
 
         choices = [test_split] if test_split else [x for x in TEST_SPLITS if x in splits and x != train_split]
+        training = read(train_split) if streaming else whole(train_split)
+        testing: _Split | None = None
+        if streaming or test_split or training.is_labeled:
+            testing = _first_labeled(map(whole, choices))
+        categories = _categories(
+            [training] if testing is None else [training, testing], named=label_column is not None
+        )
+        test = None if testing is None else images(testing, categories)
         train: ImageFiles | ImageStream
-        test: ImageFiles | None = None
         if streaming:
-            test = _first_labeled(map(images, choices))
-            stream, image, label = table(train_split)
-            train = ImageStream(stream, image, label, test.classes if test else None, shuffle_buffer, **fitting)
+            scale = _scale_of_stream(training, test, fitting.pop("pixel_range"))
+            categories = _of_rows(training, categories)
+            train = ImageStream(
+                training.table,
+                training.image,
+                None if categories is None and testing is not None else training.label,
+                categories,
+                shuffle_buffer,
+                scale=scale,
+                **fitting,
+            )
+            if training.label is not None and testing is None:
+                rank_zero_warn(
+                    f"no probes: {path} has no split to hold out, and a stream is not split; data.test_split=... "
+                    "names one, eval_data=... brings labeled images"
+                )
             # More workers than parts of the stream would have nothing to read.
             workers = options.get("num_workers")
-            options["num_workers"] = min(8 if workers is None else workers, os.cpu_count() or 1, stream.num_shards)
+            options["num_workers"] = min(
+                8 if workers is None else workers, os.cpu_count() or 1, training.table.num_shards
+            )
         else:
-            train = images(train_split)
-            if train.is_labeled or test_split:
-                test = _first_labeled(images(x, train.classes) for x in choices)
+            train = images(training, categories)
             if test is None:
                 train, test = hold_out(train, held_out)
     title = Path(path).name if len(Path(path).parts) > 2 else path
     return image_data(train, test, in_memory=in_memory, title=title, **options)
 
 
-def _first_labeled(splits: Iterable[ImageFiles]) -> ImageFiles | None:
+class _Split(NamedTuple):
+    """A split: its rows, its columns of images and of labels, and the labels, where they can be read at once."""
+
+    table: Any
+    image: str
+    label: str | None
+    labels: Sequence[Any] = ()
+
+    @property
+    def is_labeled(self) -> bool:
+        """Whether any image has a label."""
+        return any(label not in MISSING and label == label for label in self.labels)
+
+    @property
+    def names(self) -> list[str] | None:
+        """Names of the classes, where their column has them."""
+        return None if self.label is None else getattr(self.table.features[self.label], "names", None)
+
+    def with_labels(self) -> "_Split":
+        """The split and its labels; those of named classes by their names, whose order may differ."""
+        if self.label is None:
+            return self
+        labels, names = list(self.table[self.label]), self.names
+        if names is not None:
+            labels = [None if x is None or x < 0 else names[x] for x in labels]
+        return self._replace(labels=labels)
+
+
+MISSING = (None, UNLABELED)
+
+
+def _categories(parts: Sequence[_Split], *, named: bool) -> Categories | None:
+    """The classes of all parts together; None where there are no labels, or none that can be classes."""
+    names = list(dict.fromkeys(name for part in parts for name in part.names or ()))
+    if names:
+        return Categories({name: i for i, name in enumerate(names)}, names)
+    column = next((part.label for part in parts if part.label is not None), None)
+    labels = [label for part in parts for label in part.labels]
+    if column is None or not labels:
+        return None
+    try:
+        found = Categories.of(labels)
+    except ValueError as error:
+        if named:
+            raise ValueError(
+                f"data.label_column: {column} {error}; name another column, or set data.labeled=false"
+            ) from None
+        rank_zero_warn(f"no labels: the column {column} {error}; data.label_column=... names another")
+        return None
+    if named and not found.numbers:
+        raise ValueError(f"data.label_column: {column} is empty; name another column, or set data.labeled=false")
+    return found
+
+
+def _first_labeled(splits: Iterable[_Split]) -> _Split | None:
     """The first split with labels, which those of a contest may lack; else the first."""
     first = None
     for split in splits:
@@ -236,30 +321,70 @@ def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _image_column(datasets: Any, features: Any, name: str | None) -> str:
-    def holds_images(feature: Any) -> bool:
+def _image_column(datasets: Any, features: Any, name: str | None, label: str | None) -> str:
+    def is_encoded(feature: Any) -> bool:
         raw = isinstance(feature, dict) and "bytes" in feature
         return isinstance(feature, datasets.Image) or raw or getattr(feature, "dtype", "") in BINARY
 
-    return _one_column("image", name, features, [key for key, x in features.items() if holds_images(x)])
+    encoded = [key for key, x in features.items() if is_encoded(x) and key != label]
+    arrays = [key for key, x in features.items() if _pixel_type(x) and not _inner(x)]
+    column = _one_column("image", name, features, encoded or arrays)
+    feature = features[column]
+    if not (is_encoded(feature) or _pixel_type(feature) or getattr(feature, "dtype", "") in WORDS):
+        raise ValueError(f"data.image_column: {column} holds neither images, nor their files, nor pixels")
+    return column
 
 
-def _label_column(datasets: Any, features: Any, name: str | None) -> str | None:
+def _inner(feature: Any) -> Any:
+    """The feature of a list's entries; None of what is no list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _pixel_type(feature: Any) -> str | None:
+    """The type of the numbers of arrays and of lists of lists; None of other columns."""
+    depth = 0
+    while _inner(feature) is not None:
+        feature, depth = _inner(feature), depth + 1
+    shape = getattr(feature, "shape", None)
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype if (depth > 1 or shape is not None) and PIXELS.fullmatch(dtype) else None
+
+
+def _label_column(datasets: Any, features: Any, name: str | None, image: str) -> str | None:
+    def can_be_labels(key: str) -> bool:
+        feature = features[key]
+        one = _inner(feature) or feature
+        plain = not hasattr(one, "shape") and _inner(one) is None
+        return key != image and plain and str(getattr(one, "dtype", "")).startswith(LABEL_TYPES)
+
     classes = [key for key, x in features.items() if isinstance(x, datasets.ClassLabel)]
-    plain = [key for key in LABELS if key in features and getattr(features[key], "dtype", "") in PLAIN_LABELS]
+    usual = [key for key in LABELS if key in features]
+    plain = [key for key in usual if can_be_labels(key)]
     if name is None and len(classes) != 1:
         classes = [key for key in LABELS if key in classes][:1] or classes or plain[:1]
         if not classes:
+            others = [key for key in features if key != image]
+            if others:
+                rank_zero_warn(
+                    f"no column is taken for labels (there are {first_few([printable(x) for x in others])}); "
+                    "data.label_column=... names one, data.labeled=false wants none"
+                )
             return None
     column = _one_column("label", name, features, classes)
-    if column not in classes and getattr(features[column], "dtype", "") not in PLAIN_LABELS:
-        raise ValueError(f"data.label_column: {column} holds neither classes nor whole numbers nor words")
+    if column not in classes and not can_be_labels(column):
+        raise ValueError(
+            f"data.label_column: {column} holds neither classes, nor numbers, words or dates that could be such"
+        )
     return column
 
 
 BINARY = {"binary", "large_binary"}
 WORDS = {"string", "large_string"}
-PLAIN_LABELS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | WORDS | {"bool"}
+LABEL_TYPES = (
+    *("int", "uint", "bool", "float", "double", "decimal", "string", "large_string", "binary", "large_binary"),
+    *("date", "timestamp", "null"),
+)
+PIXELS = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|double|bool")
 
 
 def _one_column(kind: str, name: str | None, features: Any, found: Sequence[str]) -> str:
@@ -274,38 +399,47 @@ def _one_column(kind: str, name: str | None, features: Any, found: Sequence[str]
     return name if name is not None else found[0]
 
 
-def _class_names(feature: Any, labels: Sequence[Any]) -> list[str] | None:
-    if feature.dtype in WORDS:
-        return sorted({x for x in labels if x is not None})
-    return getattr(feature, "names", None)
+def _of_rows(part: _Split, categories: Categories | None) -> Categories | None:
+    """The categories by the labels that are in the rows: named classes are written as numbers there."""
+    if categories is None or part.names is None:
+        return categories
+    numbers = {i: categories.numbers[name] for i, name in enumerate(part.names)}
+    return Categories(numbers, categories.names)
 
 
-def _numbers(labels: Sequence[Any], classes: Sequence[str] | None) -> Tensor:
-    return torch.tensor([_number(label, classes) for label in labels])
-
-
-def _number(label: Any, classes: Sequence[str] | None) -> int:
-    if isinstance(label, str):
-        return classes.index(label) if classes is not None and label in classes else UNLABELED
-    return UNLABELED if label is None or label < 0 else int(label)
+def _scale_of_stream(training: _Split, test: ImageFiles | None, pixel_range: Sequence[float] | None) -> PixelScale:
+    """The scale of a stream's pixels: that of its held-out images, else of its first rows."""
+    if test is not None:
+        return test.scale
+    first: list[DeepImage] = []
+    dtype = _pixel_type(training.table.features[training.image])
+    for row in training.table.take(SAMPLED):
+        with suppress(Exception):  # counted where it is decoded
+            image = deep_image(_encoded(row[training.image], dtype), "an image of the stream")
+            first += [] if image is None else [image]
+    return PixelScale.of(first, pixel_range)
 
 
 class _Rows:
-    """Encoded image of a row; can be sent to another process."""
+    """Encoded image or pixels of a row; can be sent to another process."""
 
     def __init__(self, table: Any, column: str) -> None:
+        self.dtype = _pixel_type(table.features[column])
         self.table = table.with_format("arrow")
         self.column = column
 
     def __call__(self, index: int) -> Encoded:
-        return _encoded(self.table[index].column(self.column)[0].as_py())
+        return _encoded(self.table[index].column(self.column)[0].as_py(), self.dtype)
 
 
-def _encoded(value: Any) -> Encoded:
+def _encoded(value: Any, dtype: str | None = None) -> Encoded:
+    """What can be decoded of a row's entry; pixels of a type, if it holds such."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if value is None:
         raise ValueError("the row holds no image")
+    if dtype is not None:
+        return np.asarray(value, dtype)
     if isinstance(value, str) and "://" in value:  # within an archive, or on the hub
         from datasets.utils.file_utils import xopen
 
@@ -326,9 +460,10 @@ class ImageStream(IterableDataset[Any]):
         table: Any,
         image: str,
         label: str | None,
-        classes: Sequence[str] | None,
+        categories: Categories | None,
         shuffle_buffer: int,
         *,
+        scale: PixelScale,
         image_size: int | None,
         channels: int,
         max_unreadable: int,
@@ -337,13 +472,15 @@ class ImageStream(IterableDataset[Any]):
         self.shuffle_buffer = shuffle_buffer
         self.image = image
         self.label = label
-        self.classes = classes
+        self.categories = categories
+        self.scale = scale
         self.image_size = image_size
         self.channels = channels
         self.max_unreadable = max_unreadable
         # Each worker counts for itself: all have to agree on the order in which the parts are dealt out.
         self.epoch = 0
         self.unreadable = 0
+        self._warned = False
 
     @property
     def is_labeled(self) -> bool:
@@ -369,9 +506,11 @@ class ImageStream(IterableDataset[Any]):
         return self._decoded(table)
 
     def _decoded(self, table: Any) -> Iterator[tuple[Tensor, int]]:
+        dtype = _pixel_type(table.features[self.image])
         for row in table:
             try:
-                image = decode(_encoded(row[self.image]), channels=self.channels)
+                source = _encoded(row[self.image], dtype)
+                image = decode(source, channels=self.channels, scale=self.scale)
             except Exception as error:
                 if not is_broken(error):
                     raise
@@ -387,5 +526,17 @@ class ImageStream(IterableDataset[Any]):
                     )
                 continue
             square = image if self.image_size is None else fit_square(image, self.image_size)
-            label = None if self.label is None else row[self.label]
-            yield pil_to_tensor(square), _number(label, self.classes)
+            yield pil_to_tensor(square), self._number(row)
+
+    def _number(self, row: Any) -> int:
+        label = None if self.label is None else row[self.label]
+        if self.categories is None:  # nothing is scored
+            return label if isinstance(label, int) and 0 <= label < MOST_CLASSES else UNLABELED
+        number = self.categories.number(label)
+        if number == UNLABELED and label not in MISSING and label == label and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"labels of the stream that no held-out image has, such as {printable(label)}, count as missing",
+                stacklevel=1,
+            )
+        return number

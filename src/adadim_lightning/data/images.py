@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,23 +17,24 @@ from adadim_lightning.data.decoding import (
     Encoded,
     check_channels,
     decode_in_thread,
+    deep_image,
     fit_square,
     is_broken,
     no_warnings,
 )
+from adadim_lightning.data.labels import UNLABELED
+from adadim_lightning.data.pixels import (
+    SAMPLED,
+    DataError,
+    DeepImage,
+    PixelScale,
+    check_pixel_range,
+    printable,
+)
 from adadim_lightning.functional._numeric import check_integer
 
 Batch = tuple[Tensor, Tensor]
-UNLABELED = -1
 MOST_NAMED = 10
-
-
-class DataError(ValueError):
-    """Something is wrong with the data; one line says what, also on its way out of a loader's worker."""
-
-    def __init__(self, message: str) -> None:
-        # A loader raises anew what a worker raised, with the worker's whole traceback for a message.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class UnreadableImagesError(DataError):
@@ -187,7 +188,11 @@ class ImageFiles(ImageSet):
         channels: 1 or 3.
         classes: names of the classes.
         names: name of each image; by default its file.
-        max_unreadable: number of images that may be left out.
+        max_unreadable: number of images of this set that may be left out.
+        pixel_range: values of black and white in images of more than 8 bits; None finds them.
+
+    Attributes:
+        scale: from pixels of more than 8 bits to black and white; one for all images.
 
     Raises:
         ValueError: there is no image, or the arguments do not fit.
@@ -203,11 +208,14 @@ class ImageFiles(ImageSet):
         classes: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
         max_unreadable: int = 100,
+        pixel_range: Sequence[float] | None = None,
     ) -> None:
         if image_size is not None:
             check_integer("image_size", image_size, low=1)
         check_channels(channels)
         check_integer("max_unreadable", max_unreadable, low=0)
+        if pixel_range is not None:
+            check_pixel_range(pixel_range)
         if not callable(sources):
             names = sources if names is None else names
             labels = torch.full((len(sources),), UNLABELED) if labels is None else labels
@@ -220,32 +228,64 @@ class ImageFiles(ImageSet):
         self.classes = classes
         self.names = names
         self.max_unreadable = max_unreadable
+        self.pixel_range = pixel_range
+        self._scale: PixelScale | None = None
+        self._reason = ""  # for which the last image could not be read
         # Shared, so that workers and the process that reports see the same count.
         self.unreadable = torch.zeros(len(labels), dtype=torch.bool)
         self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
         self._reported = 0
 
+    @property
+    def scale(self) -> PixelScale:
+        """The scale of pixels of more than 8 bits; unless set, that of a sample of these images."""
+        if self._scale is None:
+            self._scale = PixelScale.of(self.deep_sample(), self.pixel_range)
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: PixelScale) -> None:
+        self._scale = scale
+
+    def deep_sample(self) -> Iterator[DeepImage]:
+        """Those of more than 8 bits among some images, spread over the set."""
+        for i in torch.linspace(0, len(self) - 1, min(len(self), SAMPLED)).long().tolist():
+            try:
+                with no_warnings():
+                    image = deep_image(self._source(i), self._name(i))
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                continue  # counted where it is decoded
+            if image is not None:
+                yield image
+
+    def _source(self, index: int) -> Encoded:
+        return self.sources(index) if callable(self.sources) else self.sources[index]
+
+    def _name(self, index: int) -> str:
+        return f"number {index}" if self.names is None else self.names[index]
+
     def _open(self, index: int, at_least: int | None = None) -> Image.Image | None:
         try:
-            source = self.sources(index) if callable(self.sources) else self.sources[index]
-            return decode_in_thread(source, self.channels, at_least)
+            return decode_in_thread(self._source(index), self.channels, at_least, self.scale, self._name(index))
         except Exception as error:
             if not is_broken(error):
                 raise
             self.unreadable[index] = True
+            no_image = isinstance(error, UnidentifiedImageError)
+            self._reason = "it is no image" if no_image else printable(" ".join(str(error).split()))
             if int(self.unreadable.sum()) > self.max_unreadable:
-                reason = (
-                    "it is no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-                )
                 raise UnreadableImagesError(
-                    f"{self._list_unreadable()} (the last: {reason}); that is more than max_unreadable="
-                    f"{self.max_unreadable}: remove or mend them, or raise data.max_unreadable"
+                    f"{self._list_unreadable()} (the last: {self._reason}); that is more than max_unreadable="
+                    f"{self.max_unreadable}, which holds for training and held-out images each: remove or mend "
+                    "them, or raise data.max_unreadable"
                 ) from None
             return None
 
     def _list_unreadable(self) -> str:
         bad = self.unreadable.nonzero().flatten().tolist()
-        named = [self.names[i] if self.names is not None else f"number {i}" for i in bad[:MOST_NAMED]]
+        named = [printable(self._name(i)) for i in bad[:MOST_NAMED]]
         more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
         return f"{len(bad)} of {len(self):,} images cannot be read: {', '.join(named)}{more}"
 
@@ -262,7 +302,10 @@ class ImageFiles(ImageSet):
             image = None if self.unreadable[i % len(self)] else self._open(i % len(self), at_least)
             if image is not None:
                 return image, int(self.labels[i]) if i == index else UNLABELED
-        raise UnreadableImagesError(f"none of the {len(self):,} images can be read, {self._list_unreadable()}")
+        last = f" (the last: {self._reason})" if self._reason else ""
+        raise UnreadableImagesError(
+            f"none of the {len(self):,} images can be read, {self._list_unreadable()}{last}"
+        )
 
     @no_warnings()
     def pixels(self, index: int) -> tuple[Tensor, int]:
@@ -290,7 +333,7 @@ class ImageFiles(ImageSet):
     def subset(self, indices: Sequence[int]) -> "ImageFiles":
         """Some of the images."""
         sources = self.sources
-        return ImageFiles(
+        part = ImageFiles(
             _Chosen(sources, indices) if callable(sources) else [sources[i] for i in indices],
             self.labels[torch.as_tensor(indices)],
             image_size=self.image_size,
@@ -298,7 +341,10 @@ class ImageFiles(ImageSet):
             classes=self.classes,
             names=self._subset_names(indices),
             max_unreadable=self.max_unreadable,
+            pixel_range=self.pixel_range,
         )
+        part._scale = self._scale
+        return part
 
     @no_warnings()
     def decode_all(self) -> MemoryImages:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
+from adadim_lightning.data.labels import MOST_CLASSES
 from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
 from adadim_lightning.data.views import TwoViews
 from adadim_lightning.epochs import epochs_ended, forget_cut_epoch, within_epoch
@@ -43,7 +44,8 @@ class ImageData(LightningDataModule):
         title: name of the data set, for messages.
 
     Raises:
-        ValueError: ``batch_size`` is below 2 or above the number of training images, or channels differ.
+        ValueError: ``batch_size`` is below 2 or above the number of training images, channels differ, or labels
+            are no numbers of classes.
     """
 
     def __init__(
@@ -66,6 +68,16 @@ class ImageData(LightningDataModule):
             raise ValueError(
                 f"batch_size must not exceed the number of training images, {len(train)}; got {batch_size}"
             )
+        for images in (train, test):
+            if (
+                isinstance(images, ImageSet)
+                and images.classes is None
+                and (images.num_classes or 0) > MOST_CLASSES
+            ):
+                raise ValueError(
+                    f"labels must number the classes from 0, at most {MOST_CLASSES:,} of them, got one of "
+                    f"{int(images.labels.max())}: labels = labels.unique(return_inverse=True)[1] numbers them"
+                )
         self.train = train
         self.test = test
         self.views = views
@@ -97,8 +109,12 @@ class ImageData(LightningDataModule):
         size = f"{len(self.train):,}" if isinstance(self.train, ImageSet) else "a stream of"
         channels, height, width = self.image_shape
         kind = "grey" if channels == 1 else "RGB"
-        classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
-        held_out = f"; {len(self.test):,} held out" if self.test is not None else ""
+        labeled = bool(getattr(self.train, "is_labeled", False))
+        classes = f"{self.num_classes} classes" if self.num_classes else "labels" if labeled else "no labels"
+        held_out = f"; {len(self.test):,} held out" if self.test is not None else "; none held out" * labeled
+        left = len(self.train) % self.batch_size if isinstance(self.train, ImageSet) else 0
+        if isinstance(self.train, ImageSet) and 10 * left > len(self.train):
+            held_out += f"; each epoch leaves out {left}, others each time"
         workers = f"by {self.num_workers} workers" if self.num_workers else "in this process"
         where = "in memory" if isinstance(self.train, MemoryImages) else f"decoded {workers}"
         return f"{self.title}: {size} images, {kind}, {height} x {width}, {classes}{held_out}; {where}"

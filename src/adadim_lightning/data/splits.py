@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from tarfile import TarError
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adadim_lightning.data.images import ImageFiles, ImageSet
 from adadim_lightning.data.module import ImageData
+from adadim_lightning.data.pixels import PixelScale, printable
 from adadim_lightning.functional._numeric import check_integer, check_number
 
 SPLIT_SEED = 0
@@ -47,10 +49,12 @@ def hold_out(images: Set, share: float | int) -> tuple[Set, Set | None]:
     else:
         check_integer("held_out", share, low=0)
     labels = images.labels
-    known = labels[labels >= 0]
-    splittable = (torch.bincount(known, minlength=1) > 1)[labels.clamp_min(0)] & (labels >= 0)
+    _, number, counts = labels.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    splittable = (counts > 1)[number] & (labels >= 0)
     candidates = splittable.nonzero().flatten()
     if share == 0 or not len(candidates):
+        if share and images.is_labeled:
+            rank_zero_warn("each class has one image, so none is held out and nothing can be scored")
         return images, None
     classes = len(torch.unique(labels[candidates]))
     count = share if isinstance(share, int) else max(classes, math.ceil(share * len(candidates)))
@@ -78,12 +82,56 @@ def image_data(train: Any, test: ImageSet | None, *, in_memory: bool | None = No
     """
     if in_memory is None and options["views"].on_host:
         in_memory = False  # these views want the images as they are on disk
+    _share_scale([images for images in (train, test) if isinstance(images, ImageFiles)])
     kept = [_in_memory(images, in_memory) for images in (train, test)]
     for images in (train, test):
         news = images.news_of_unreadable() if isinstance(images, ImageFiles) else None
         if news is not None:
             rank_zero_warn(news)
+    _report_labels(kept[0], kept[1])
     return ImageData(kept[0], kept[1], **options)
+
+
+def _share_scale(sets: Sequence[ImageFiles]) -> None:
+    """Give all parts of a set one scale of pixels of more than 8 bits."""
+    given = next((images.pixel_range for images in sets), None)
+    deep = chain.from_iterable(images.deep_sample() for images in sets)
+    first = next(deep, None)
+    if first is None and given is not None:
+        rank_zero_warn(
+            f"data.pixel_range={list(given)} is ignored: the images have 8 bits, which count from 0 to 255"
+        )
+    scale = PixelScale.of([] if first is None else chain([first], deep), given)
+    for images in sets:
+        images.scale = scale
+
+
+def _report_labels(train: Any, test: ImageSet | None) -> None:
+    """Warn of images without a label among others, and of classes that one part lacks."""
+    if not isinstance(train, ImageSet):
+        return
+    for part, images in (("training", train), ("held-out", test)):
+        missing = 0 if images is None else int((images.labels < 0).sum())
+        if images is not None and images.is_labeled and missing:
+            rank_zero_warn(
+                f"{missing:,} of {len(images):,} {part} images have no label (none, or -1); probes leave them out"
+            )
+    if test is None or not (train.is_labeled and test.is_labeled):
+        return
+    learnt, scored = (set(x.labels[x.labels >= 0].tolist()) for x in (train, test))
+    for classes, what in (
+        (scored - learnt, "no training image, so probes cannot know them"),
+        (learnt - scored, "no held-out image, so they are not scored"),
+    ):
+        if classes:
+            names = [printable(train.classes[i] if train.classes else i) for i in sorted(classes)]
+            rank_zero_warn(f"{len(names):,} of {len(learnt | scored):,} classes ({first_few(names)}) have {what}")
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _in_memory(images: Any, in_memory: bool | None) -> Any:

@@ -28,6 +28,8 @@ class TwoViews(nn.Module):
         augmentations: the recipe, parameters by name; or modules in their order.
         mean: mean of each channel in ``[0, 1]``, subtracted after them.
         std: standard deviation of each channel, divided by after that.
+        channels: of the images, 1 or 3; mean and std of RGB are then turned into those of grey, and back. The
+            std of grey is nearly the mean of theirs, since colors of photographs rise and fall together.
         size: side of the views; None is that of the images.
         second: what the second view does otherwise: parameters that replace those of the recipe, name by name;
             null for what it leaves out.
@@ -56,6 +58,7 @@ class TwoViews(nn.Module):
         size: int | None = None,
         second: Recipe | None = None,
         backend: Literal["kornia", "torchvision"] = "kornia",
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         if backend not in ("kornia", "torchvision"):
@@ -74,8 +77,8 @@ class TwoViews(nn.Module):
         # One's own may cut too.
         self._crops = any(key == "crop" or isinstance(x, nn.Module) for key, x in self._recipes[0].items())
         self._built: dict[Size, list[tuple[nn.Module, nn.Module]]] = {}
-        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
+        self.register_buffer("mean", _of_channels(mean, channels).view(-1, 1, 1))
+        self.register_buffer("std", _of_channels(std, channels).view(-1, 1, 1))
         if len(self.mean) != len(self.std):
             raise ValueError(
                 f"mean and std must have one entry a channel, got {len(self.mean)} and {len(self.std)}"
@@ -183,6 +186,14 @@ class TwoViews(nn.Module):
                 "data.channels, or data.mean and data.std"
             )
         return (pixels - self.mean) / self.std
+
+
+def _of_channels(values: Sequence[float], channels: int | None) -> Tensor:
+    """A value for each channel, of values for each of RGB or for grey."""
+    given = torch.tensor(list(values))
+    if channels == 1 and len(given) == 3:
+        return (given * torch.tensor([0.299, 0.587, 0.114])).sum(0, keepdim=True)
+    return given.expand(3) if channels == 3 and len(given) == 1 else given
 
 
 def _recipe_of_each_view(first: Recipe, changes: Recipe) -> tuple[Recipe, Recipe]:

@@ -1,6 +1,7 @@
 """Numerical house rules that every function here follows: full precision, checked input."""
 
 import math
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,7 +55,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 def check_number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise ValueError unless ``value`` is a finite number in ``[low, high]``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type,operator]
         wanted = (
             f"lie in [{low:g}, {high:g}]"
@@ -73,7 +74,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_integer(name: str, value: object, *, low: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
 
 

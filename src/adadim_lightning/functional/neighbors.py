@@ -65,13 +65,14 @@ def knn_predict(
     with no_autocast(x):
         bank = unit_rows(bank)
         x = unit_rows(x).to(bank.dtype)
-        classes = int(bank_labels.max()) + 1
+        # Numbered, since class numbers may be as large as the ids of a database.
+        classes, bank_classes = torch.unique(bank_labels, return_inverse=True)
         predictions = []
         for chunk in torch.split(x, chunk_size):
             similarity, neighbor = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-            votes = similarity.new_zeros(len(chunk), classes)
+            votes = similarity.new_zeros(len(chunk), len(classes))
             # Relative to the nearest, so that no temperature over- or underflows.
             weight = ((similarity - similarity[:, :1]) / temperature).exp()
-            votes.scatter_add_(1, bank_labels[neighbor].long(), weight)
-            predictions.append(votes.argmax(dim=1))
+            votes.scatter_add_(1, bank_classes[neighbor], weight)
+            predictions.append(classes[votes.argmax(dim=1)].long())
         return torch.cat(predictions)

@@ -184,25 +184,27 @@ class EffectiveRank(RowSampleMetric):
         """
         return self.spectrum_and_rows()[0]
 
-    def spectrum_and_rows(self) -> tuple[Tensor, int]:
-        """:meth:`eigenvalues`, and the number of rows of all processes behind them.
+    def spectrum_and_rows(self) -> tuple[Tensor, int, Tensor]:
+        """:meth:`eigenvalues`, and the number and the mean of the rows of all processes behind them.
 
         Raises:
             ValueError: there was no update yet.
         """
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             rows = self.num_rows if self.scatter.numel() else min(self.num_rows, self.max_rows)
-            return self._spectrum(), rows
+            eigenvalues, mean = self._spectrum()
+            return eigenvalues, rows, mean
 
-    def _spectrum(self) -> Tensor:
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, and the mean of the rows."""
         if self.dim is None:
             raise ValueError("EffectiveRank needs at least one update() before its spectrum is computed")
         if not self.scatter.numel():
-            return eigenvalue_spectrum(self.sample(), center=self.center)
+            return self._spectrum_of(self.sample())
         count, mean, scatter = self.count, self.mean, self.scatter
         if count.ndim == 0:
             if count == 0:
-                return eigenvalue_spectrum(dim_zero_cat(self.rows), center=self.center)
+                return self._spectrum_of(dim_zero_cat(self.rows))
             self._fold()
             count, mean, scatter = self.count, self.mean, self.scatter
         count, mean = count.reshape(-1, 1), mean.reshape(-1, len(scatter))
@@ -213,10 +215,13 @@ class EffectiveRank(RowSampleMetric):
         if not self.center:
             scatter = scatter + count.sum() * torch.outer(grand_mean, grand_mean)
         size = max(int(count.sum()), len(scatter))
-        return _eigenvalues(scatter, size, subtracted)[: int(count.sum())]
+        return _eigenvalues(scatter, size, subtracted)[: int(count.sum())], grand_mean
+
+    def _spectrum_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return eigenvalue_spectrum(rows, center=self.center), to_float64(rows).mean(dim=0)
 
     def compute(self) -> Tensor:
         """Effective rank of all rows seen."""
-        eigenvalues = self._spectrum()
+        eigenvalues, _ = self._spectrum()
         entropy = _spectral_entropy_of_eigenvalues(eigenvalues, self.spectrum)
         return _effective_rank_of_entropy(entropy, len(eigenvalues)).to(torch.float32).to(self.device)

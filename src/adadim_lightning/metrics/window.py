@@ -1,11 +1,14 @@
 """Effective rank of the most recent rows."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adadim_lightning.distributed import of_all_processes, rank, world_size
+from adadim_lightning.functional._numeric import to_float64
 from adadim_lightning.metrics.effective_rank import EffectiveRank
 
 STATES = ("rows", "keys", "seen", "count", "mean", "scatter")
@@ -30,6 +33,7 @@ class RecentRows:
         self._rows: list[int] = []  # of all processes, in each chunk that has ended
         self._open: EffectiveRank | None = None
         self._last_read: tuple[Tensor, int, int] | None = None
+        self._mean: Tensor | None = None  # of the rows that were last read
 
     def update(self, x: Tensor) -> None:
         """Add the rows of one step, shape ``(N, d)``."""
@@ -79,8 +83,20 @@ class RecentRows:
             for chunk in self._chunks:
                 union.merge_state(chunk)
         assert union.dim is not None
-        self._last_read = (*union.spectrum_and_rows(), union.dim)
+        eigenvalues, rows, self._mean = union.spectrum_and_rows()
+        self._last_read = eigenvalues, rows, union.dim
         return self._last_read
+
+    def size_and_spread(self) -> tuple[float, float]:
+        """Root mean square of the entries, and of their deviations from the mean row.
+
+        All processes have to ask together, as for :meth:`read`.
+        """
+        eigenvalues, rows, dim = self.read()
+        assert self._mean is not None
+        common = float(self._mean.square().sum()) / dim
+        total = float(eigenvalues.sum()) / (rows * dim)
+        return _size_and_spread(total + common if self.center else total, common)
 
     def state_dict(self) -> dict[str, Any]:
         """The chunks of all processes, for a checkpoint; every process must call this."""
@@ -116,6 +132,20 @@ class RecentRows:
         for other in own[1:]:
             own[0].merge_state(other)
         return own[0]
+
+
+def size_and_spread(x: Tensor) -> tuple[float, float]:
+    """:meth:`RecentRows.size_and_spread` of the rows of all processes, without their spectrum."""
+    x = to_float64(x)
+    sums = torch.cat([x.sum(dim=0), x.square().sum()[None], x.new_tensor([float(len(x))])])
+    if world_size() > 1:
+        torch.distributed.all_reduce(sums)
+    common = (sums[:-2] / sums[-1]).square().mean()
+    return _size_and_spread(float(sums[-2] / sums[-1]) / x.shape[1], float(common))
+
+
+def _size_and_spread(total: float, common: float) -> tuple[float, float]:
+    return math.sqrt(total), math.sqrt(max(total - common, 0.0))
 
 
 def _on_cpu(state: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

@@ -1,14 +1,18 @@
 """Arms: runs that differ in nothing but their seed."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adadim_lightning.report.runs import UNREADABLE, RunRecord, flattened
+from adadim_lightning.report.runs import SEEDS, UNREADABLE, RunRecord, flattened
 
 # What a run is called, where it writes and what it prints make no other arm.
 IGNORED = {"seed", "run_dir", "resume", "logger", "hydra", "optimized_metric", "show_views", "trust"}
 MOST_SHOWN = 3  # differing keys of the configuration in a label
+WIDEST_VALUE = 40  # characters of their values
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in memory, of an object that a logger wrote as text
+TARGET = "_target_"  # class that Hydra makes of a node
 
 
 @dataclass(eq=False)
@@ -16,7 +20,7 @@ class Arm:
     """Runs of one configuration.
 
     Attributes:
-        label: the overrides in which it differs from the other arms.
+        label: the overrides in which it differs from the other arms; without any, what its user called its runs.
         runs: its runs, in order of their folders.
     """
 
@@ -37,7 +41,9 @@ class Arm:
 def make_arms(runs: Sequence[RunRecord]) -> list[Arm]:
     """Group runs by their configuration, seed and folder apart; unreadable ones belong to none.
 
-    A run that failed before its configuration was resolved joins the arm of the same overrides.
+    A run that failed before its configuration was resolved joins the arm of the same overrides. Of runs whose
+    command line nobody noted, those of one configuration are an arm if their seeds differ, else if they are called
+    the same.
     """
     arms: dict[str, Arm] = {}
     late = []
@@ -45,7 +51,8 @@ def make_arms(runs: Sequence[RunRecord]) -> list[Arm]:
         if run.status == UNREADABLE:
             continue
         config = _compared(run)
-        if not run.config or any("${" in value for value in config.values()):
+        unknown = not run.config and _title(run) is None
+        if unknown or any("${" in value for value in config.values()):
             late.append(run)
             continue
         arms.setdefault(json.dumps(config, sort_keys=True), Arm("")).runs.append(run)
@@ -54,9 +61,23 @@ def make_arms(runs: Sequence[RunRecord]) -> list[Arm]:
         same = (arm for arm in arms.values() if run.overrides is not None and _has(arm, run))
         arm = next(same, None) or arms.setdefault(key, Arm(""))
         arm.runs.append(run)
-    found = sorted(arms.values(), key=lambda arm: min(map(runs.index, arm.runs)))
+    parts = [part for arm in arms.values() for part in _by_title(arm)]
+    found = sorted(parts, key=lambda arm: min(map(runs.index, arm.runs)))
     _label(found)
     return found
+
+
+def _by_title(arm: Arm) -> list[Arm]:
+    seeds = {run.seed for run in arm.runs}
+    titles = dict.fromkeys(_title(run) for run in arm.runs)
+    if None not in seeds and len(seeds) == len(arm.runs):
+        return [arm]
+    return [Arm("", [run for run in arm.runs if _title(run) == title]) for title in titles]
+
+
+def _title(run: RunRecord) -> str | None:
+    """What its user called a run, where its command line does not tell more."""
+    return run.title if run.overrides is None else None
 
 
 def _has(arm: Arm, run: RunRecord) -> bool:
@@ -69,12 +90,18 @@ def _compared(run: RunRecord) -> dict[str, str]:
     config = flattened(run.config)
     folder = config.get("run_dir", "").strip("./")
     return {
-        key: value
+        key: ADDRESS.sub("", value)
         for key, value in config.items()
         if key.partition(".")[0] not in IGNORED
-        and not (key.endswith(".seed") and value == str(run.seed))
+        and not _is_private(key)
+        and not (key.rpartition(".")[2] in SEEDS and value == str(run.seed))
         and not (folder and f"/{folder}/" in f"/{value}/")
     }
+
+
+def _is_private(key: str) -> bool:
+    """Whether a tool made the key for itself; those in two underscores are Hydra's instructions."""
+    return any(part.startswith("_") and not part.endswith("_") for part in key.split("."))
 
 
 def _overrides(run: RunRecord) -> dict[str, str]:
@@ -89,11 +116,15 @@ def _label(arms: list[Arm]) -> None:
     told = [key for key in keys if len(arms) == 1 or len({texts.get(key) for texts in keyed}) > 1]
     for arm, texts in zip(arms, keyed, strict=True):
         arm.label = " ".join(texts[key] for key in told if key in texts)
+        titles = {_title(run) for run in arm.runs}
+        if not arm.label and len(titles) == 1:
+            arm.label = titles.pop() or ""
     for group in _alike(arms):
         _add_config(group)
     for arm in arms:
         noted = any(run.overrides is not None for run in arm.runs)
-        arm.label = arm.label or ("default" if noted else arm.runs[0].name)
+        more = f" and {len(arm.runs) - 1} more" if len(arm.runs) > 1 else ""
+        arm.label = arm.label or ("default" if noted else arm.runs[0].name + more)
     for group in _alike(arms):
         for arm in group:
             arm.label = f"{arm.label} ({arm.runs[0].name})"
@@ -110,7 +141,18 @@ def _add_config(arms: list[Arm]) -> None:
     """Same command line, or none that is known: tell arms apart by what differs in their configurations."""
     configs = [_compared(arm.runs[0]) for arm in arms]
     keys = dict.fromkeys(key for config in configs for key in config)
-    told = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    told = [key for key in keys if _is_shown(key) and len({config.get(key) for config in configs}) > 1]
+    told = told[:MOST_SHOWN]
     for arm, config in zip(arms, configs, strict=True):
-        texts = [f"{key}={config[key]}" for key in told[:MOST_SHOWN] if key in config]
+        texts = [f"{key.removesuffix('.' + TARGET)}={_short(config[key])}" for key in told if key in config]
         arm.label = " ".join([*([arm.label] if arm.label else []), *texts])
+
+
+def _is_shown(key: str) -> bool:
+    last = key.rpartition(".")[2]
+    return last == TARGET or not last.startswith("_")
+
+
+def _short(value: str) -> str:
+    text = " ".join(value.split())
+    return text if len(text) <= WIDEST_VALUE else text[: WIDEST_VALUE - 1] + "\N{HORIZONTAL ELLIPSIS}"

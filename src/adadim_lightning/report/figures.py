@@ -5,6 +5,7 @@ A trace belongs to the arm that its ``meta`` names, so that the page can switch 
 
 import html
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ Trace = dict[str, Any]
 Plot = dict[str, Any]
 
 MANY = 12  # runs, beyond which their lines are fainter and their marks smaller
+WIDEST_LINE = 40  # characters of a name beside the pointer, as many as a phone shows
+WIDEST_TITLE = 30  # of the title of the scale of colors
 MOST_POINTS = 200  # of a line; more cannot be seen, and make the page slow
 TITLES = {H_R: "H(R) [nats]", I_RZ: "I(R;Z) [nats]"}
 
@@ -25,6 +28,16 @@ TITLES = {H_R: "H(R) [nats]", I_RZ: "I(R;Z) [nats]"}
 def plain(text: str) -> str:
     """Text that Plotly shows as it is: it would read tags."""
     return html.escape(text, quote=False).replace("\n", " ")
+
+
+def _name(text: str) -> str:
+    """A name in lines that a phone can show."""
+    return "<br>".join(map(plain, textwrap.wrap(text, WIDEST_LINE)))
+
+
+def _end(text: str) -> str:
+    """The end of a log name, by which it differs from others."""
+    return plain(text if len(text) <= WIDEST_TITLE else "\N{HORIZONTAL ELLIPSIS}" + text[1 - WIDEST_TITLE :])
 
 
 def plots(study: Study) -> list[Plot]:
@@ -70,7 +83,7 @@ def _plane(study: Study) -> Plot:
             y_path += [*_numbers(i[kept]), None]
             about += [[epoch, seed] for epoch in [*_numbers(epochs[kept]), None]]
             value = run.values.get(study.color)
-            told = f"{plain(arm.label)}{seed}<br>{plain(run.name)}, {plain(run.status)}"
+            told = f"{_name(arm.label)}{seed}<br>{_name(run.name)}, {plain(run.status)}"
             told += f"<br>{plain(study.color)} {digits(value, decimals=4)}"
             told += f"<br>H(R) {digits(h[-1])}, I(R;Z) {digits(i[-1])}"
             last.append((h[-1], i[-1], value, told))
@@ -82,7 +95,7 @@ def _plane(study: Study) -> Plot:
                     "type": "scatter",
                     "mode": "lines",
                     "meta": {"arm": index},
-                    "name": plain(arm.label),
+                    "name": _name(arm.label),
                     "x": x_path,
                     "y": y_path,
                     "customdata": about,
@@ -106,7 +119,7 @@ def _plane(study: Study) -> Plot:
                     "type": "scatter",
                     "mode": "markers",
                     "meta": {"arm": index},
-                    "name": plain(arm.label),
+                    "name": _name(arm.label),
                     "x": _numbers(np.array(x)),
                     "y": _numbers(np.array(y)),
                     "marker": marker,
@@ -114,15 +127,18 @@ def _plane(study: Study) -> Plot:
                     "hovertemplate": "%{hovertext}<extra></extra>",
                 }
             )
-    shades = {run.values.get(study.color) for run in study.runs} - {None}
+    shades = {value for run in study.runs if (value := run.values.get(study.color)) is not None}
+    # Said here, since Plotly widens the scale by one where each trace has a single value.
+    bounds = {"cmin": min(shades), "cmax": max(shades)} if len(shades) > 1 else {}
     layout = {
         "xaxis": {"title": {"text": TITLES[H_R]}, **_range(paths, "x")},
         "yaxis": {"title": {"text": TITLES[I_RZ]}, **_range(paths, "y")},
         "coloraxis": {
             "colorscale": "Viridis",
+            **bounds,
             "showscale": len(shades) > 1,
             "colorbar": {
-                "title": {"text": plain(study.color), "side": "top"},
+                "title": {"text": _end(study.color), "side": "top"},
                 **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom"},
                 **{"thickness": 10, "len": 0.6, "nticks": 5, "outlinewidth": 0},
             },
@@ -190,7 +206,7 @@ def _curves(study: Study, key: str, title: str) -> Plot:
                 "type": "scatter",
                 "mode": "lines" if len(epoch) > 1 else "markers",
                 "meta": {"arm": index},
-                "name": plain(arm.label),
+                "name": _name(arm.label),
                 "x": _numbers(epoch),
                 "y": _numbers(mean),
                 "line": {"color": style.color, "dash": style.dash, "width": 2},
@@ -219,7 +235,7 @@ def _spectrum(study: Study, key: str) -> Plot:
                 "type": "scatter",
                 "mode": "lines",
                 "meta": {"arm": index},
-                "name": plain(arm.label),
+                "name": _name(arm.label),
                 "x": (kept + 1).tolist(),
                 "y": _numbers(shares[kept]),
                 "line": {"color": style.color, "dash": style.dash, "width": 2},

@@ -5,6 +5,7 @@ import json
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ Array = np.ndarray[Any, Any]
 # What a damaged or half-written file may raise; it costs that file, not the report.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error)
 UNREADABLE = "unreadable"
+SEEDS = ("seed", "random_seed", "seed_everything")  # keys under which people note it
 ABOUT = ("seed", "epochs", "seconds")  # numbers in a summary that are no metrics
 
 
@@ -27,7 +29,7 @@ class RunRecord:
     """One run, as far as it came.
 
     Attributes:
-        name: short name of its folder, unique in the report.
+        name: short name of its folder, or what its user called it; unique in the report.
         folder: where it lies.
         status: ``ok``, ``failed``, ``stopped``, ``running`` or ``unreadable``.
         error: why it ended early, in one line.
@@ -38,6 +40,7 @@ class RunRecord:
         history: a column for each log name, and ``epoch``; NaN where an epoch has no value.
         spectra: ``epoch`` ``(E,)``, eigenvalues ``R`` ``(E, d_R)`` and ``Z`` ``(E, d_Z)``; may be empty.
         seconds: how long it took.
+        title: what its user called it, where a logger noted that.
     """
 
     name: str
@@ -51,6 +54,7 @@ class RunRecord:
     history: dict[str, Array] = field(default_factory=dict)
     spectra: dict[str, Array] = field(default_factory=dict)
     seconds: float | None = None
+    title: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -113,9 +117,11 @@ def _name(folder: Path, root: Path, *, alone: bool) -> str:
 
 
 def _tell_apart(runs: list[RunRecord]) -> None:
-    names = [run.name for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        if names.count(name) > 1:
+    names = Counter(run.title or run.name for run in runs)
+    for run in runs:
+        if run.title is not None:
+            run.name = run.title if names[run.title] == 1 else f"{run.title} ({run.name})"
+        elif names[run.name] > 1:
             run.name = str(run.folder)
 
 
@@ -203,10 +209,10 @@ def _read_wandb(path: Path, name: str, warnings: list[str]) -> RunRecord:
         return run
     if found.cut:
         warnings.append(f"{name}: {path.name} is damaged; what follows byte {found.cut} is left out")
-    run.config = found.config
+    run.config, run.title = found.config, found.name or None
     overrides = run.config.pop("overrides", None)
     run.overrides = [str(text) for text in overrides] if isinstance(overrides, list) else None
-    run.seed, run.seconds = _integer(run.config.get("seed")), found.seconds
+    run.seed, run.seconds = seed_of(run.config), found.seconds
     rows = [_numbers(row) for row in found.rows]
     if not any("epoch" in row for row in rows):  # not logged by Lightning: its own counter orders the rows
         rows = [{"epoch": row.get("_step", math.nan), **row} for row in rows]
@@ -236,6 +242,14 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def seed_of(config: Mapping[str, Any]) -> int | None:
+    """The seed of a configuration; None if there is none, or several below its top that differ."""
+    if (own := _integer(config.get("seed"))) is not None:
+        return own
+    noted = {value for key, value in flattened(config).items() if key.rpartition(".")[2] in SEEDS}
+    return int(noted.pop()) if len(noted) == 1 and min(noted).isdecimal() else None
 
 
 def _line(error: Exception) -> str:

@@ -19,8 +19,19 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass
 class WandbFile:
-    """What such a file says; ``cut`` is the byte where damage begins, 0 if there is none."""
+    """What such a file says.
 
+    Attributes:
+        name: what its user called the run; empty where nobody did.
+        config: the configuration, nested.
+        rows: what was logged.
+        summary: the last values.
+        exit_code: None while it runs.
+        seconds: how long it took.
+        cut: the byte where damage begins, 0 if there is none.
+    """
+
+    name: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +62,7 @@ def read_wandb_file(path: Path) -> WandbFile:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found.config |= _items(record.run.config.update)
+            found.name = str(record.run.display_name) or found.name
         elif kind == "config":
             found.config |= _items(record.config.update)
         elif kind == "history":
@@ -61,7 +73,8 @@ def read_wandb_file(path: Path) -> WandbFile:
             found.exit_code = int(record.exit.exit_code)
     seconds = [row["_runtime"] for row in [*found.rows, found.summary] if "_runtime" in row]
     found.seconds = max(map(float, seconds), default=None)
-    found.config = nested({key: value for key, value in found.config.items() if key != "_wandb"})
+    found.config = nested(found.config)
+    found.config.pop("_wandb", None)  # notes of its own
     return found
 
 
