@@ -230,6 +230,12 @@ class Feed:
             if tap is not None:
                 tap[0].record(self, wanted, graph=graph)
 
+    def end_run(self) -> None:
+        """End one run of the step, of which an optimizer such as SAM or L-BFGS makes several."""
+        for tap in self._taps:
+            if tap is not None:
+                tap[0].end_run()
+
     def release(self) -> None:
         """End a step."""
         if self._survey is not None:

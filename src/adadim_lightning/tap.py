@@ -71,6 +71,7 @@ class Tap:
         self._recording = False
         self._graph = False
         self._calls: list[Call] = []
+        self._ended: list[Call] = []
         self._hook: RemovableHandle | None = None
 
     def __deepcopy__(self, memo: Any) -> "Tap":
@@ -121,7 +122,7 @@ class Tap:
             self._wanted.pop(reader, None)
         self._recording = bool(self._wanted)
         self._graph = any(self._wanted.values())
-        self._calls = []
+        self._calls, self._ended = [], []
 
     def release(self, reader: object) -> None:
         """End a step for this reader; the outputs go with the last that wanted them."""
@@ -129,7 +130,13 @@ class Tap:
         self._graph = any(self._wanted.values())
         if not self._wanted:
             self._recording = False
-            self._calls = []
+            self._calls, self._ended = [], []
+
+    def end_run(self) -> None:
+        """End one run of the step; of an optimizer that runs it several times, the last run counts."""
+        # The last, since what Lightning hands on as the outputs of the step is that of the last run too.
+        if self._calls:
+            self._ended, self._calls = self._calls, []
 
     def _on_forward(
         self, submodule: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
@@ -146,6 +153,8 @@ class Tap:
         Raises:
             NotCalledError: the submodule was not called in this step.
         """
-        if not self._calls:
+        # What is called after the last run, such as by other callbacks, is not of the step.
+        calls = self._ended or self._calls
+        if not calls:
             raise NotCalledError(f"the submodule {self.name!r} was not called in this step")
-        return [call for call in self._calls if call.trained] or self._calls
+        return [call for call in calls if call.trained] or calls

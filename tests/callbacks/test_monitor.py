@@ -2,13 +2,15 @@
 
 import math
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from torch.utils.data import DataLoader, IterableDataset
 
-from adadim_lightning import AdaDim, DimensionMonitor, NonFiniteError
+from adadim_lightning import AdaDim, DimensionMonitor, NonFiniteError, OnlineKNN
 from adadim_lightning.callbacks.monitor import MeasuringPlan
 from adadim_lightning.functional import effective_rank, matrix_mutual_information
 from tests.helpers import (
@@ -398,3 +400,87 @@ def test_a_submodule_that_is_not_called_is_an_error() -> None:
 def test_a_setting_outside_its_range_is_an_error(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be an integer >= 1, got 0"):
         DimensionMonitor(**options)
+
+
+class SAM(torch.optim.SGD):
+    """Takes the gradient at a perturbed point (Foret et al., arXiv 2010.01412): two runs of the step."""
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        old = [p.data.clone() for p in parameters]
+        for p in parameters:
+            p.data.add_(0.05 * p.grad / (p.grad.norm() + 1e-9))
+        with torch.enable_grad():
+            closure()
+        for p, before in zip(parameters, old, strict=True):
+            p.data.copy_(before)
+        super().step()
+        return loss
+
+
+class RunsSeveralTimes(OneCallPerView):
+    optimizer: type[torch.optim.Optimizer] = SAM
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:OnlineKNN has nothing to score on")
+@pytest.mark.parametrize("optimizer", [SAM, torch.optim.LBFGS])
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_of_an_optimizer_that_runs_the_step_several_times_the_last_run_counts_once(
+    optimizer: type[torch.optim.Optimizer], steered: bool, accumulated: int
+) -> None:
+    module, recorder = RunsSeveralTimes(), Recorder("encoder", "projector")
+    module.optimizer = optimizer
+    options = {"native_loss": "other"} if steered else {}
+    monitor = (AdaDim if steered else DimensionMonitor)("encoder", "projector", window=10_000, **options)
+    probe = OnlineKNN("encoder")
+    fit(module, fixed_batches(4), monitor, probe, recorder, accumulate_grad_batches=accumulated)
+    last = [(r[-ROWS:], z[-ROWS:]) for r, z in recorder.steps]
+    assert any(len(r) > ROWS for r, _ in recorder.steps)  # the step did run several times
+    logged = recorder.logged[0]
+    assert monitor.recent_r.read()[1] == sum(len(labels) for _, labels in probe._bank) == 4 * ROWS
+    assert logged["dynamics/log_n"] == pytest.approx(math.log(ROWS))
+    expected = sum(float(matrix_mutual_information(r, z)) for r, z in last) / len(last)
+    assert logged["dynamics/I_RZ"] == pytest.approx(expected, rel=1e-4)
+    assert logged["dynamics/ER_R"] == pytest.approx(
+        float(effective_rank(torch.cat([r for r, _ in last]))), rel=1e-4
+    )
+
+
+class Stream(IterableDataset):
+    """Batches whose number nobody knows, another in each epoch."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.epoch = lengths, 0
+
+    def __iter__(self):
+        batches = list(fixed_batches(max(self.lengths)))
+        yield from batches[: self.lengths[self.epoch]]
+        self.epoch += 1
+
+
+class Readings(Callback):
+    def __init__(self, monitor: DimensionMonitor) -> None:
+        self.monitor, self.found = monitor, []
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.found.append((trainer.global_step, self.monitor.last_reading.step))
+
+
+@pytest.mark.parametrize("make", [DimensionMonitor, lambda *x: AdaDim(*x, native_loss="other")])
+def test_every_epoch_of_a_stream_ends_with_a_reading(make: Any) -> None:
+    lengths = [5, 3, 1, 4]
+    monitor, recorder = make("encoder", "projector"), Recorder("encoder", "projector")
+    readings = Readings(monitor)
+    stream = DataLoader(Stream(lengths), batch_size=None)
+    stopping = EarlyStopping("dynamics/ER_R", mode="max", patience=9)
+    fit(OneCallPerView(), stream, monitor, recorder, readings, stopping, max_epochs=4)
+    ends = [sum(lengths[: i + 1]) for i in range(4)]
+    assert readings.found == [(end, end) for end in ends]
+    assert [epoch for epoch, *_ in monitor.spectra] == [0, 1, 2, 3]
+    assert all("dynamics/I_RZ" in logged for logged in recorder.logged)

@@ -212,6 +212,9 @@ class AdaDim(DimensionMonitor):
         if self._adds_terms:
             self._undo = replace_loss(pl_module, partial(self._total, pl_module), self._record)
 
+    def _feeds(self) -> list[Feed]:
+        return super()._feeds() + ([] if self.momentum is None else [self.momentum])
+
     def _close(self) -> None:
         super()._close()
         if self.momentum is not None:

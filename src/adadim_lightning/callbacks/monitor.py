@@ -225,6 +225,9 @@ class DimensionMonitor(TappingCallback):
             self._refuse_namesakes(others, pl_module)
         self.feed.open(pl_module)
 
+    def _feeds(self) -> list[Feed]:
+        return [self.feed]
+
     def _close(self) -> None:
         self.feed.close()
 
@@ -239,6 +242,8 @@ class DimensionMonitor(TappingCallback):
         """Ask for R and Z if this step is one to measure."""
         self._global_step = trainer.global_step
         self._left = trainer.num_training_batches - 1 - batch_idx
+        if trainer.is_last_batch:
+            self._left = 0  # of a stream the fetcher sees the end one batch ahead
         if trainer.max_steps >= 0:
             # By hand, a module may step several optimizers in one batch.
             steps_a_batch = (

@@ -54,6 +54,9 @@ class OnlineProbe(TappingCallback):
         self._missing = ""
         self._feed.open(pl_module)
 
+    def _feeds(self) -> list[Feed]:
+        return [self._feed]
+
     def _close(self) -> None:
         self._feed.close()
 

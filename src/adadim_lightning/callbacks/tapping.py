@@ -6,8 +6,10 @@ from typing import Any
 from weakref import ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from adadim_lightning.distributed import check_strategy
+from adadim_lightning.feed import Feed
 
 
 class TappingCallback(Callback):
@@ -54,6 +56,16 @@ class TappingCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the taps."""
         self._close()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Tell where one run of the step ends: an optimizer may ask for several."""
+        if pl_module.automatic_optimization:  # by hand, one run may go backward several times
+            for feed in self._feeds():
+                feed.end_run()
+
+    def _feeds(self) -> list[Feed]:
+        """What is read of each step; nothing by default."""
+        return []
 
     @abstractmethod
     def _close(self) -> None:
