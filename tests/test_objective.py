@@ -1,12 +1,14 @@
 """The objective against the published losses, its written formula, and autograd."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightly.loss import NTXentLoss, VICRegLoss
-from torch import Tensor
+from lightning.fabric import Fabric
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adadim_lightning import AdaDimLoss
@@ -384,3 +386,81 @@ def test_matching_survives_a_part_without_a_gradient() -> None:
     z = torch.randn(2, 4, 3, requires_grad=True)
     loss._match_gradients(z.square().sum(), 0.0 * z.sum(), [z])
     assert float(loss.kappa) == 100.0
+
+
+def test_comparing_the_gradients_calls_no_hook_of_z() -> None:
+    r1, r2, *leaves = views()
+    calls: list[Tensor] = []
+    loss = AdaDimLoss(alpha=0.5, kappa="match")
+    for step in range(2):  # the comparison is in the first
+        z = [2 * x for x in leaves]
+        for x in z:
+            x.retain_grad()
+            x.register_hook(calls.append)
+        total = loss(r1, r2, *z).total
+        assert not calls
+        assert all(x.grad is None for x in z)
+        total.backward(retain_graph=True)
+        assert len(calls) == 2
+        retained = [x.grad.clone() for x in z]
+        torch.testing.assert_close(retained, list(torch.autograd.grad(total, z)))
+        calls.clear()
+        assert int(loss.calls) == step + 1
+
+
+@pytest.mark.parametrize("factor", [0.0, -3.0])
+def test_a_hook_that_changes_the_gradient_of_z_does_not_change_kappa(factor: float) -> None:
+    r1, r2, *leaves = views()
+    hooked, plain = AdaDimLoss(), AdaDimLoss()
+    z = [x.clone() for x in leaves]
+    for x in z:
+        x.register_hook(lambda gradient: factor * gradient)
+    hooked(r1, r2, *z)
+    plain(r1, r2, *leaves)
+    assert torch.equal(hooked.kappa, plain.kappa)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.head = nn.Linear(64, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.backbone(x)
+        return r, self.head(r)
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["a pass for each view", "one pass"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_under_fabric_the_default_objective_trains_as_in_plain_pytorch(precision: Any, one_pass: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(32, 64)
+    batch = torch.cat([x, x + 0.1 * torch.randn(32, 64)])
+
+    def train(
+        net: nn.Module, optimizer: Any, backward: Callable[[Tensor], None], dtype: torch.dtype
+    ) -> list[float]:
+        loss, totals = AdaDimLoss(), []
+        for _ in range(MATCH_EVERY + 2):  # with two comparisons
+            if one_pass:
+                r, z = net(batch.to(dtype))
+                (r1, r2), (z1, z2) = r.chunk(2), z.chunk(2)
+            else:
+                (r1, z1), (r2, z2) = (net(part) for part in batch.to(dtype).chunk(2))
+            total = loss(r1, r2, z1, z2).total
+            optimizer.zero_grad()
+            backward(total)
+            optimizer.step()
+            totals.append(float(total))
+        return [*totals, float(loss.kappa)]
+
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    net = Net().to(dtype)
+    expected = train(net, torch.optim.SGD(net.parameters(), 1e-3), lambda total: total.backward(), dtype)
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    net = Net()
+    ours = train(*fabric.setup(net, torch.optim.SGD(net.parameters(), 1e-3)), fabric.backward, torch.float32)
+    exact = precision.endswith("true") and dtype != torch.bfloat16
+    assert ours == pytest.approx(expected, rel=1e-5 if exact else 1e-2)

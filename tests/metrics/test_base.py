@@ -7,9 +7,18 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import Tensor, distributed
-from torchmetrics import Metric, MetricCollection
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric, MetricCollection, MetricTracker
 
-from adadim_lightning.metrics import Alignment, EffectiveRank, MatrixEntropy, MatrixMutualInformation, Uniformity
+from adadim_lightning.metrics import (
+    Alignment,
+    EffectiveRank,
+    KNNAccuracy,
+    MatrixEntropy,
+    MatrixMutualInformation,
+    Uniformity,
+)
 from adadim_lightning.metrics._base import RowSampleMetric
 
 from .cases import CASES, DIM, Case, every_metric, joined, knn_accuracy, seen, stream
@@ -192,14 +201,139 @@ def test_computing_before_any_update_is_an_error_that_says_so(case: Case) -> Non
         case.make().compute()
 
 
+def with_a_bad_entry(batch: tuple[Tensor, ...], value: float, which: int = 0) -> tuple[Tensor, ...]:
+    batch[which][3, 2] = value
+    return batch
+
+
 @every_metric
-def test_vectors_with_a_nan_are_an_error_and_leave_the_metric_as_it_was(case: Case) -> None:
-    first, bad = stream(case, [20, 20])
-    bad[0][3, 2] = math.nan
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_nan_or_infinity_is_an_error_of_compute_until_reset(case: Case, value: float) -> None:
+    first, second, good = stream(case, [20, 20, 20])
+    metric = seen(case.make(), [first, with_a_bad_entry(second, value), good])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was updated with a NaN or an infinity; call reset\(\)"):
+            metric.compute()
+    metric.reset()
+    assert torch.equal(seen(metric, [good]).compute(), seen(case.make(), [good]).compute())
+
+
+@pytest.mark.parametrize("name", ["MatrixMutualInformation", "Alignment"])
+def test_a_nan_in_the_second_input_is_an_error_too(name: str) -> None:
+    metric = seen(CASES[name].make(), [with_a_bad_entry(CASES[name].batch(20), math.nan, which=1)])
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        metric.compute()
+
+
+@every_metric
+def test_forward_of_a_batch_with_a_nan_is_an_error_and_leaves_the_metric_as_it_was(case: Case) -> None:
+    first, bad, last = stream(case, [20, 20, 9])
     metric = seen(case.make(), [first])
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        metric.update(*bad)
-    assert torch.equal(metric.compute(), seen(case.make(), [first]).compute())
+        metric(*with_a_bad_entry(bad, math.nan))
+    metric(*last)
+    torch.testing.assert_close(metric.compute(), seen(case.make(), [first, last]).compute())
+
+
+def test_forward_of_a_batch_without_a_value_leaves_the_rows_before_it() -> None:
+    first, single = stream(CASES["Uniformity"], [20, 1])
+    metric = seen(Uniformity(), [first])
+    with pytest.raises(ValueError, match="at least 2 rows, got 1"):
+        metric(*single)
+    assert torch.equal(metric.compute(), seen(Uniformity(), [first]).compute())
+
+
+class HostReads(TorchDispatchMode):
+    """Notes each operation for which the host waits for the value of a tensor."""
+
+    WAITS = ("local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.host: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0].lstrip("_")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # A count that is always on the CPU is read without a wait.
+        if name in self.WAITS and not all(any(x is count for count in self.host) for x in tensors):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def update(self, metric: Metric, batch: tuple[Tensor, ...]) -> None:
+        self.host = [getattr(metric, name) for name in metric.host_states]
+        metric.update(*batch)
+
+
+@every_metric
+def test_updates_read_nothing_from_the_device(case: Case) -> None:
+    metric, batches = case.make(), stream(case, [3, 20, 5, 30])
+    with HostReads() as reads:
+        for batch in batches:
+            reads.update(metric, batch)
+    assert reads.seen == []
+    with HostReads() as reads:  # what compute() reads is seen
+        metric.compute()
+    assert reads.seen
+
+
+@pytest.mark.parametrize("make", [lambda: Uniformity(max_rows=4), lambda: EffectiveRank(max_dim=1, max_rows=4)])
+def test_updates_of_a_full_sample_read_nothing_from_the_device(make) -> None:
+    metric = make()
+    with HostReads() as reads:
+        for batch in stream(CASES["EffectiveRank"], [3, 20, 5]):
+            reads.update(metric, batch)
+    assert reads.seen == []
+
+
+@every_sampled_metric
+def test_forward_draws_the_sample_that_update_draws(make) -> None:
+    batches = [(batch,) for batch in numbered_rows(0, 200).split(30)]
+    called, updated = make(20), seen(make(20), batches)
+    assert called.full_state_update is False
+    for batch in batches:
+        called(*batch)
+    assert numbers(called.sample()) == numbers(updated.sample())
+    assert int(called.seen) == int(updated.seen) == 200
+
+
+@every_metric
+def test_forward_synchronized_on_each_step_accumulates_as_well(case: Case) -> None:
+    batches = stream(case, [20, 9])
+    metric = case.make()
+    metric.dist_sync_on_step = True
+    for batch in batches:
+        torch.testing.assert_close(metric(*batch), seen(case.make(), [batch]).compute())
+    torch.testing.assert_close(metric.compute(), seen(case.make(), batches).compute())
+
+
+@every_metric
+def test_states_merge_as_metrics_do(case: Case) -> None:
+    first, second = stream(case, [20, 9])
+    metric, other = seen(case.make(), [first]), seen(case.make(), [second])
+    metric.merge_state(dict(other.metric_state))
+    torch.testing.assert_close(metric.compute(), seen(case.make(), [first, second]).compute())
+    torch.testing.assert_close(other.compute(), seen(case.make(), [second]).compute())
+
+
+def test_copies_of_an_accuracy_with_other_banks_share_no_counts() -> None:
+    first = knn_accuracy(1)
+    second, third = pickle.loads(pickle.dumps(first)), first.clone()
+    (batch,) = stream(CASES["KNNAccuracy"], [40])
+    second.set_bank(batch[0], batch[1])
+    third.set_bank(batch[0], (batch[1] + 1) % 4)
+    assert_alone_and_together_agree([first, second, third], [batch, batch])
+
+
+def test_a_tracker_follows_the_best_of_metrics_with_a_direction() -> None:
+    tracker = MetricTracker(knn_accuracy(1))
+    for _ in range(3):
+        tracker.increment()
+        tracker.update(*CASES["KNNAccuracy"].batch(20))
+    values = tracker.compute_all()
+    best, step = tracker.best_metric(return_step=True)
+    assert (best, step) == (pytest.approx(float(values.max())), int(values.argmax()))
 
 
 COLLECTIONS = {
@@ -356,11 +490,10 @@ def test_a_sample_of_fewer_than_2_rows_is_an_error(make, max_rows: int) -> None:
         (torch.ones(3), r"x must have shape \(N, d\)"),
         (torch.ones(0, 12), r"x must have shape \(N, d\)"),
         (torch.ones(2, 12, dtype=torch.int64), "x must be a floating-point tensor"),
-        (torch.full((2, 12), math.inf), "x holds a NaN or an infinity"),
     ],
-    ids=["vector", "no rows", "integers", "infinity"],
+    ids=["vector", "no rows", "integers"],
 )
-def test_an_update_with_what_is_no_finite_matrix_is_an_error(name: str, x: Tensor, cause: str) -> None:
+def test_an_update_with_what_is_no_matrix_is_an_error(name: str, x: Tensor, cause: str) -> None:
     case = CASES[name]
     for metric in (case.make(), seen(case.make(), stream(case, [3])), seen(case.make(), stream(case, [30]))):
         with pytest.raises(ValueError, match=cause):
@@ -378,8 +511,16 @@ def test_an_update_of_another_width_is_an_error_until_reset(name: str, rows: int
     assert torch.isfinite(metric.compute())
 
 
-def test_only_what_can_be_steered_by_says_in_which_direction_it_is_better() -> None:
-    assert EffectiveRank.higher_is_better
-    assert not Uniformity.higher_is_better
-    assert not Alignment.higher_is_better
-    assert MatrixMutualInformation.higher_is_better is None
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        (EffectiveRank, None),  # the best models have neither the highest rank
+        (MatrixEntropy, None),
+        (MatrixMutualInformation, None),  # nor the lowest information
+        (Uniformity, False),
+        (Alignment, False),
+        (KNNAccuracy, True),
+    ],
+)
+def test_metrics_say_in_which_direction_they_are_better(metric: type[Metric], direction: bool | None) -> None:
+    assert metric.higher_is_better is direction

@@ -63,10 +63,8 @@ def test_an_order_that_is_not_finite_and_positive_is_an_error(make, order: float
         (torch.ones(3), torch.ones(3, 5), r"r must have shape \(N, d\)"),
         (torch.ones(3, 12), torch.ones(3), r"z must have shape \(N, d\)"),
         (torch.ones(3, 12), torch.ones(4, 5), "same number of rows, got 3 and 4"),
-        (torch.full((3, 12), math.nan), torch.ones(3, 5), "r holds a NaN"),
-        (torch.ones(3, 12), torch.full((3, 5), math.inf), "z holds a NaN or an infinity"),
     ],
-    ids=["r vector", "z vector", "rows", "NaN", "infinity"],
+    ids=["r vector", "z vector", "rows"],
 )
 def test_input_that_does_not_fit_together_is_an_error(r: Tensor, z: Tensor, cause: str) -> None:
     for metric in (

@@ -54,10 +54,25 @@ def test_an_update_without_a_bank_is_an_error() -> None:
         (torch.ones(3, DIM), torch.zeros(4, dtype=torch.int64), r"target \(4,\) do not fit together"),
         (torch.ones(3, DIM), torch.zeros(3, 1, dtype=torch.int64), "do not fit together"),
         (torch.ones(3, DIM + 1), torch.zeros(3, dtype=torch.int64), "do not fit together"),
-        (torch.full((3, DIM), math.nan), torch.zeros(3, dtype=torch.int64), "NaN or an infinity"),
     ],
-    ids=["rows", "axes", "columns", "NaN"],
+    ids=["rows", "axes", "columns"],
 )
 def test_input_that_does_not_fit_is_an_error(x: Tensor, target: Tensor, cause: str) -> None:
     with pytest.raises(ValueError, match=cause):
         knn_accuracy().update(x, target)
+
+
+@pytest.mark.parametrize(
+    ("bank", "labels", "cause"),
+    [
+        (torch.full((3, DIM), math.nan), torch.zeros(3, dtype=torch.int64), "bank holds a NaN or an infinity"),
+        (torch.ones(3, DIM), torch.tensor([0, 1, -1]), "bank_labels must be integers >= 0"),
+        (torch.ones(3, DIM), torch.zeros(3), "bank_labels must be integers >= 0"),
+        (torch.ones(3, DIM), torch.zeros(4, dtype=torch.int64), r"bank_labels \(4,\) do not fit together"),
+    ],
+)
+def test_a_bank_that_cannot_be_compared_with_is_an_error_at_once(bank: Tensor, labels: Tensor, cause: str) -> None:
+    metric = knn_accuracy()
+    with pytest.raises(ValueError, match=cause):
+        metric.set_bank(bank, labels)
+    assert len(metric.bank) == 50

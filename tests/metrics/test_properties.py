@@ -158,13 +158,23 @@ def test_beyond_its_size_a_sample_is_that_many_of_the_rows_and_the_value_is_thei
         assert_same(name, metric, function(sample))
 
 
-@given(streams(), st.one_of(no_matrices(), not_finite()))
+@given(streams(), no_matrices())
 def test_a_refused_update_leaves_the_metric_as_it_was(stream, bad) -> None:
     batches, place = stream
     for name, twin in TWINS.items():
         metric = seen(twin, batches[:place])
         refused(metric.update, *[bad] * twin.views)
         assert torch.equal(seen(twin, batches[place:], metric).compute(), seen(twin, batches).compute()), name
+
+
+@given(streams(), not_finite())
+def test_an_update_with_a_nan_or_infinity_is_an_error_of_compute(stream, bad) -> None:
+    batches, _ = stream
+    for name, twin in TWINS.items():
+        metric = seen(twin, [(bad, bad)])
+        refused(metric.compute)
+        metric.reset()
+        assert torch.equal(seen(twin, batches, metric).compute(), seen(twin, batches).compute()), name
 
 
 @given(streams(), st.integers(1, 20), st.sampled_from(DTYPES))

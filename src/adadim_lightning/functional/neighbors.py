@@ -50,23 +50,51 @@ def knn_predict(
     """
     check_matrix(x)
     check_matrix(bank, "bank")
-    check_tensor(bank_labels, "bank_labels")
-    if x.shape[1] != bank.shape[1] or bank_labels.shape != bank.shape[:1]:
-        raise ValueError(
-            f"x {tuple(x.shape)}, bank {tuple(bank.shape)} and bank_labels {tuple(bank_labels.shape)} "
-            "do not fit together"
-        )
-    if bank_labels.is_floating_point() or bank_labels.is_complex() or bool((bank_labels < 0).any()):
-        raise ValueError("bank_labels must be integers >= 0")
+    if x.shape[1] != bank.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and bank {tuple(bank.shape)} do not fit together")
+    classes, bank_classes = number_classes(bank, bank_labels)
     check_integer("k", k, low=1)
     check_integer("chunk_size", chunk_size, low=1)
     if temperature != math.inf:  # which makes the vote plain
         check_positive("temperature", temperature)
+    return _knn_predict(x, bank, bank_classes, classes, k=k, temperature=temperature, chunk_size=chunk_size)
+
+
+def number_classes(bank: Tensor, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct labels, and the place of each label among them.
+
+    Numbered, since class numbers may be as large as the ids of a database.
+
+    Raises:
+        ValueError: bank and labels do not fit :func:`knn_predict`.
+    """
+    check_matrix(bank, "bank")
+    check_tensor(bank_labels, "bank_labels")
+    if bank_labels.shape != bank.shape[:1]:
+        raise ValueError(
+            f"bank {tuple(bank.shape)} and bank_labels {tuple(bank_labels.shape)} do not fit together"
+        )
+    if bank_labels.is_floating_point() or bank_labels.is_complex() or bool((bank_labels < 0).any()):
+        raise ValueError("bank_labels must be integers >= 0")
+    classes, bank_classes = torch.unique(bank_labels, return_inverse=True)
+    return classes.long(), bank_classes
+
+
+@torch.no_grad()
+def _knn_predict(
+    x: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    classes: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    chunk_size: int,
+) -> Tensor:
+    """:func:`knn_predict` without its checks; forces no device sync."""
     with no_autocast(x):
         bank = unit_rows(bank)
         x = unit_rows(x).to(bank.dtype)
-        # Numbered, since class numbers may be as large as the ids of a database.
-        classes, bank_classes = torch.unique(bank_labels, return_inverse=True)
         predictions = []
         for chunk in torch.split(x, chunk_size):
             similarity, neighbor = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
@@ -74,5 +102,5 @@ def knn_predict(
             # Relative to the nearest, so that no temperature over- or underflows.
             weight = ((similarity - similarity[:, :1]) / temperature).exp()
             votes.scatter_add_(1, bank_classes[neighbor], weight)
-            predictions.append(classes[votes.argmax(dim=1)].long())
+            predictions.append(classes[votes.argmax(dim=1)])
         return torch.cat(predictions)

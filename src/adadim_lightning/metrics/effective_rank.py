@@ -1,6 +1,7 @@
 """Streaming effective rank."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ class EffectiveRank(RowSampleMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: unknown ``spectrum``; an update that is not two-dimensional, is empty, holds a NaN or
-            infinity, or changes the number of dimensions; computed before any update.
+        ValueError: unknown ``spectrum``; an update that is not two-dimensional, is empty, or changes the number
+            of dimensions; computed before any update, or after one with a NaN or infinity.
 
     Source: Roy & Vetterli, "The effective rank", EUSIPCO 2007.
 
@@ -52,7 +53,6 @@ class EffectiveRank(RowSampleMetric):
         tensor(4.)
     """
 
-    higher_is_better = True
     float64_states = ("count", "mean", "scatter")
     plot_lower_bound = 1.0
 
@@ -86,7 +86,11 @@ class EffectiveRank(RowSampleMetric):
     @property
     def dim(self) -> int | None:
         """Number of dimensions d of the rows seen; None before the first update."""
-        return self.scatter.shape[0] or super().dim
+        return self._dim_of(self.metric_state)
+
+    @staticmethod
+    def _dim_of(state: Mapping[str, Any]) -> int | None:
+        return state["scatter"].shape[0] or RowSampleMetric._dim_of(state)
 
     @property
     def num_rows(self) -> int:
@@ -126,21 +130,22 @@ class EffectiveRank(RowSampleMetric):
             self.rows = []
             mean = x.mean(dim=0)
             x = x - mean
-            self._merge(x.new_tensor(float(len(x))), mean, x.T @ x)
+            self._merge(x.new_full((), len(x)), mean, x.T @ x)
 
     def _merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
         """Chan's update: the moments of the union of two sets of rows."""
         total = self.count + count
+        share = count / total.clamp_min(1)  # one of them may be empty, or both
         shift = mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
+        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * share)
+        self.mean = self.mean + shift * share
         self.count = total
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add all rows that another effective rank metric has seen.
 
         Args:
-            incoming_state: that metric; it stays as it is.
+            incoming_state: that metric, or its ``metric_state``; it stays as it is.
 
         Raises:
             ValueError: it is no ``EffectiveRank``, or has another ``max_dim`` or number of dimensions.
@@ -150,15 +155,15 @@ class EffectiveRank(RowSampleMetric):
             raise ValueError(f"cannot merge rows kept with max_dim {other.max_dim} and with {self.max_dim}")
         super().merge_state(other)
 
-    def _add_rows_of(self, other: Self) -> None:
-        if not other.scatter.numel():
-            super()._add_rows_of(other)
+    def _add_rows_of(self, state: Mapping[str, Any]) -> None:
+        scatter = state["scatter"]
+        if not scatter.numel():
+            super()._add_rows_of(state)
             return
         if self.dim is None:
-            self._allocate(other.scatter.shape[0], other.scatter.device)
-        if other.count > 0:
-            self._merge(other.count, other.mean, other.scatter)
-        for rows in other.rows:
+            self._allocate(scatter.shape[0], scatter.device)
+        self._merge(state["count"], state["mean"], scatter)
+        for rows in state["rows"]:
             self._keep(rows)
 
     def _hold_nothing(self, dim: int) -> None:
@@ -199,6 +204,7 @@ class EffectiveRank(RowSampleMetric):
         """Eigenvalues, and the mean of the rows."""
         if self.dim is None:
             raise ValueError("EffectiveRank needs at least one update() before its spectrum is computed")
+        self._check_finite()
         if not self.scatter.numel():
             return self._spectrum_of(self.sample())
         count, mean, scatter = self.count, self.mean, self.scatter

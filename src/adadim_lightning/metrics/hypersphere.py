@@ -25,8 +25,8 @@ class Uniformity(RowSampleMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: an update that is not two-dimensional, is empty, holds a NaN or infinity, or changes the
-            number of dimensions; computed before any update or on a single row.
+        ValueError: an update that is not two-dimensional, is empty, or changes the number of dimensions; computed
+            before any update, after one with a NaN or infinity, or on a single row.
 
     Source: Wang & Isola, ICML 2020.
 
@@ -71,7 +71,8 @@ class Alignment(BaseMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: an update whose views differ in shape, are empty, or hold a NaN or infinity.
+        ValueError: an update whose views differ in shape or are empty; computed before any update, or after one
+            with a NaN or infinity.
 
     Source: Wang & Isola, ICML 2020.
 
@@ -83,7 +84,6 @@ class Alignment(BaseMetric):
     """
 
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
     float64_states = ("total",)
 
@@ -105,10 +105,11 @@ class Alignment(BaseMetric):
             x: vectors of the first view, shape ``(N, d)``.
             y: vectors of the second view, the same shape.
         """
-        check_matrix(x, "x")
-        check_matrix(y, "y")
+        check_matrix(x, "x", finite=False)
+        check_matrix(y, "y", finite=False)
         if x.shape != y.shape:
             raise ValueError(f"both views must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        self._watch(x, y)
         self.total = self.total + to_float64(_row_alignment(x.detach(), y.detach(), self.alpha)).sum()
         self.count = self.count + len(x)
 
@@ -116,4 +117,5 @@ class Alignment(BaseMetric):
         """Mean over all pairs seen."""
         if self.count == 0:
             raise ValueError("Alignment.compute() needs at least one update() before it")
+        self._check_finite()
         return (self.total / self.count).to(torch.float32).to(self.device)

@@ -1,6 +1,7 @@
 """Matrix-based entropy and mutual information over a sample of the rows."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class MatrixEntropy(RowSampleMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: ``order`` <= 0; an update that is not two-dimensional, is empty, holds a NaN or infinity, or
-            changes the number of dimensions; computed before any update.
+        ValueError: ``order`` <= 0; an update that is not two-dimensional, is empty, or changes the number of
+            dimensions; computed before any update, or after one with a NaN or infinity.
 
     Source: Giraldo, Rao, Principe, IEEE Trans. Information Theory 2015.
 
@@ -39,7 +40,6 @@ class MatrixEntropy(RowSampleMetric):
         tensor(1.3863)
     """
 
-    higher_is_better = True
     plot_lower_bound = 0.0
 
     def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
@@ -79,9 +79,9 @@ class MatrixMutualInformation(RowSampleMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: ``order`` <= 0; an update whose inputs are not two-dimensional, are empty, hold a NaN or
-            infinity, differ in their number of rows or change their number of dimensions; computed before any
-            update.
+        ValueError: ``order`` <= 0; an update whose inputs are not two-dimensional, are empty, differ in their
+            number of rows or change their number of dimensions; computed before any update, or after one with a
+            NaN or infinity.
 
     Source: Giraldo, Rao, Principe, IEEE Trans. Information Theory 2015.
 
@@ -92,6 +92,8 @@ class MatrixMutualInformation(RowSampleMetric):
         tensor(1.3863)
     """
 
+    host_states = (*RowSampleMetric.host_states, "dim_r")
+
     dim_r: Tensor
 
     def __init__(self, *, order: float = 2.0, max_rows: int = 4096, seed: int = 0, **kwargs: Any) -> None:
@@ -99,7 +101,7 @@ class MatrixMutualInformation(RowSampleMetric):
         check_positive("order", order)
         self.order = order
         # A row is r and z side by side.
-        self.add_state("dim_r", default=torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("dim_r", default=torch.tensor(0, device="cpu"), dist_reduce_fx="max")
 
     def update(self, r: Tensor, z: Tensor) -> None:
         """Add rows.
@@ -113,18 +115,20 @@ class MatrixMutualInformation(RowSampleMetric):
             check_width(r, dim_r, "r")
             check_width(z, self.dim - dim_r, "z")
         else:
-            check_matrix(r, "r")
-            check_matrix(z, "z")
+            check_matrix(r, "r", finite=False)
+            check_matrix(z, "z", finite=False)
         if len(r) != len(z):
             raise ValueError(f"r and z must have the same number of rows, got {len(r)} and {len(z)}")
+        self._watch(r, z)
         self.dim_r = torch.full_like(self.dim_r, r.shape[1])
         self._sample(torch.cat([r, z], dim=1))
 
-    def _add_rows_of(self, other: Self) -> None:
-        if self.dim is not None and self.dim_r != other.dim_r:
-            raise ValueError(f"cannot merge r of {int(other.dim_r)} dimensions with r of {int(self.dim_r)}")
-        self.dim_r = other.dim_r.clone()
-        super()._add_rows_of(other)
+    def _add_rows_of(self, state: Mapping[str, Any]) -> None:
+        dim_r = int(state["dim_r"])
+        if self.dim is not None and int(self.dim_r) != dim_r:
+            raise ValueError(f"cannot merge r of {dim_r} dimensions with r of {int(self.dim_r)}")
+        self.dim_r = torch.full_like(self.dim_r, dim_r)
+        super()._add_rows_of(state)
 
     def compute(self) -> Tensor:
         """Mutual information of the sampled rows, in nats."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adadim_lightning.functional._numeric import check_integer, check_positive
-from adadim_lightning.functional.neighbors import knn_predict
+from adadim_lightning.functional._numeric import check_integer, check_matrix, check_positive
+from adadim_lightning.functional.neighbors import _knn_predict, number_classes
 from adadim_lightning.metrics._base import BaseMetric
 
 _instances = itertools.count()
@@ -30,8 +30,8 @@ class KNNAccuracy(BaseMetric):
         kwargs: see ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: an update before :meth:`set_bank`, shapes that do not match, or vectors that hold a NaN or
-            infinity.
+        ValueError: an update before :meth:`set_bank`; shapes that do not match; a bank with a NaN or infinity, or
+            with labels that are no integers >= 0; computed before any update, or after one with a NaN or infinity.
 
     Source: Wu et al., CVPR 2018.
 
@@ -44,12 +44,13 @@ class KNNAccuracy(BaseMetric):
     """
 
     higher_is_better = True
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
     bank: Tensor | None
-    bank_labels: Tensor | None
+    bank_classes: Tensor | None
+    classes: Tensor | None
+    settings: Tensor
     correct: Tensor
     total: Tensor
 
@@ -63,13 +64,19 @@ class KNNAccuracy(BaseMetric):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.register_buffer("bank", None, persistent=False)
-        self.register_buffer("bank_labels", None, persistent=False)
+        self.register_buffer("bank_classes", None, persistent=False)
+        self.register_buffer("classes", None, persistent=False)
         if k < 1 or not temperature > 0:
             raise ValueError(f"k must be >= 1 and temperature > 0, got {k} and {temperature}")
         # Each has a bank of its own, so no two of them may share their counts.
         self._add_settings(next(_instances))
         self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for states in (self.__dict__, self._defaults):  # of a copy too
+            states["settings"] = torch.full_like(self.settings, next(_instances))
 
     def set_bank(self, x: Tensor, target: Tensor) -> None:
         """Give the labeled vectors among which neighbors are sought; ``reset`` keeps them.
@@ -78,7 +85,8 @@ class KNNAccuracy(BaseMetric):
             x: vectors, shape ``(M, d)``.
             target: their classes, shape ``(M,)``.
         """
-        self.bank, self.bank_labels = x.detach(), target.detach()
+        self.classes, self.bank_classes = number_classes(x, target.detach())
+        self.bank = x.detach()
 
     def update(self, x: Tensor, target: Tensor) -> None:
         """Classify rows and count the hits.
@@ -87,14 +95,19 @@ class KNNAccuracy(BaseMetric):
             x: vectors, shape ``(N, d)``.
             target: their classes, shape ``(N,)``.
         """
-        if self.bank is None or self.bank_labels is None:
+        if self.bank is None or self.bank_classes is None or self.classes is None:
             raise ValueError("KNNAccuracy has no labeled vectors to compare with; call set_bank(x, target) first")
         if target.shape != x.shape[:1]:
             raise ValueError(f"x {tuple(x.shape)} and target {tuple(target.shape)} do not fit together")
-        predicted = knn_predict(
+        check_matrix(x, finite=False)
+        if x.shape[1] != self.bank.shape[1]:
+            raise ValueError(f"x {tuple(x.shape)} and bank {tuple(self.bank.shape)} do not fit together")
+        self._watch(x)
+        predicted = _knn_predict(
             x.detach(),
             self.bank,
-            self.bank_labels,
+            self.bank_classes,
+            self.classes,
             k=self.k,
             temperature=self.temperature,
             chunk_size=self.chunk_size,
@@ -106,4 +119,5 @@ class KNNAccuracy(BaseMetric):
         """Share of the rows that were classified right."""
         if self.total == 0:
             raise ValueError("KNNAccuracy.compute() needs at least one update() before it")
+        self._check_finite()
         return self.correct.float() / self.total
