@@ -169,6 +169,7 @@ def test_failed_job_takes_no_other_down_and_resume_reruns_it_alone(
     assert run(monkeypatch, sweep, *command) == 1
     printed = capsys.readouterr()
     assert "2 jobs: 1 ok, 1 failed" in printed.out
+    assert "epochs     each leaves out 2 of 6 images that fill no batch, others each time\n" in printed.out
     assert printed.err.count("adadim-train: error:") == 1
     assert "Error executing job" not in printed.err
     long = [line for line in printed.out.splitlines() if len(line) > 80 and tmp_path.name not in line]

@@ -302,6 +302,10 @@ class Run:
         scaling = {"none": "not scaled", "linear": f"{lr:g} x {batch}/256", "sqrt": f"{lr:g} x sqrt({batch}/256)"}
         say(f"optimizer  learning rate {scaled:g} ({scaling[rule]}); global batch {batch} = {parts}")
         say(f"precision  {self.trainer.precision} on {self.trainer.strategy.root_device}")
+        images = len(self.data.train) if isinstance(self.data.train, ImageSet) else 0
+        left_out = images % (self.data.batch_size * processes)
+        if 10 * left_out > images:
+            say(f"epochs     each leaves out {left_out} of {images} images that fill no batch, others each time")
         return instantiate(config.optimizer, lr=scaled, _convert_="all")
 
     @rank_zero_only

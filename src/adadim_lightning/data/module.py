@@ -112,9 +112,6 @@ class ImageData(LightningDataModule):
         labeled = bool(getattr(self.train, "is_labeled", False))
         classes = f"{self.num_classes} classes" if self.num_classes else "labels" if labeled else "no labels"
         held_out = f"; {len(self.test):,} held out" if self.test is not None else "; none held out" * labeled
-        left = len(self.train) % self.batch_size if isinstance(self.train, ImageSet) else 0
-        if isinstance(self.train, ImageSet) and 10 * left > len(self.train):
-            held_out += f"; each epoch leaves out {left}, others each time"
         workers = f"by {self.num_workers} workers" if self.num_workers else "in this process"
         where = "in memory" if isinstance(self.train, MemoryImages) else f"decoded {workers}"
         return f"{self.title}: {size} images, {kind}, {height} x {width}, {classes}{held_out}; {where}"
