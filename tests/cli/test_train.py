@@ -238,7 +238,7 @@ BAD_INPUT = {
     "trainer.max_epochs=abc": "trainer.max_epochs must be an integer >= 1, got 'abc'",
     "trainer.max_epochs=0": "trainer.max_epochs must be an integer >= 1, got 0",
     "trainer.limit_train_batches=0": "nothing would be trained: trainer.limit_train_batches is 0",
-    "+trainer.max_time=00:00:00:00": "nothing was trained",
+    "trainer.max_time=00:00:00:00": "nothing was trained",
     "+trainer.enable_checkpointing=false": "enable_checkpointing",
     "objective.gamma=foo": "objective: gamma must be a finite number, got 'foo'",
     "objective.halve_variance=maybe": "halve_variance must be true or false, got 'maybe'",
@@ -427,3 +427,43 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
         process.stdout.close()
     assert process.returncode == 0
     assert summary(tmp_path / "run")["epochs"] == 3
+
+
+def test_a_finished_run_is_trained_further_where_more_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A schedule follows the length; of a constant rate, a longer run is the shorter one and what follows it.
+    options = [
+        "trainer.limit_train_batches=3",
+        "trainer.limit_val_batches=1",
+        "lr_schedule.final=1",
+        "lr_schedule.warmup=0",
+        PLAIN,
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(monkeypatch, whole, "trainer.max_epochs=3", *options) == 0
+    assert run(monkeypatch, parts, "trainer.max_epochs=2", *options) == 0
+    capsys.readouterr()
+    for epochs in (1, 2):
+        assert run(monkeypatch, parts, f"trainer.max_epochs={epochs}", *options, "resume=true") == 0
+        assert (
+            "holds a finished run of 2 epochs: nothing to do; a larger trainer.max_epochs"
+            in capsys.readouterr().out
+        )
+    assert run(monkeypatch, parts, "trainer.max_epochs=3", *options, "resume=true") == 0
+    assert "a finished run, trained further: trainer.max_epochs 2 -> 3" in capsys.readouterr().out
+    found, expected = summary(parts), summary(whole)
+    assert {k: v for k, v in found.items() if k not in TIMINGS} == {
+        k: v for k, v in expected.items() if k not in TIMINGS
+    }
+    with open(parts / "metrics.csv") as file:
+        assert sorted({row["epoch"] for row in csv.DictReader(file)}) == ["0", "1", "2"]
+    weights = [
+        torch.load(x / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for x in (whole, parts)
+    ]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    steps = ["trainer.max_epochs=-1", *options, "resume=true"]
+    for limit, said in ((9, "nothing to do"), (12, "trained further: trainer.max_epochs 3 -> -1")):
+        assert run(monkeypatch, parts, f"trainer.max_steps={limit}", *steps) == 0
+        assert said in capsys.readouterr().out
+    assert summary(parts)["epochs"] == 4

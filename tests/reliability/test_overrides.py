@@ -15,7 +15,7 @@ MEMORY = 9_000_000_000  # of address space, of which the imports take a half
 # These would start processes, or wait for those of other machines.
 ELSEWHERE = ("trainer.devices", "trainer.num_nodes", "data.num_workers", "num_workers")
 # Nothing is trained: the time is over when all is made.
-NO_TIME = "+trainer.max_time=00:00:00:00"
+NO_TIME = "trainer.max_time=00:00:00:00"
 NUMBERS = ("nan", "-inf", "1e400", "-1", "0", "1", "2", "0.5", "9" * 40, str(2**63), "0x10", "1e-320")
 GRAMMAR = ("[]", "[[]]", "[1,2", "[1,2,3]", "{}", "{a:1}", "{_target_:os.system,command:x}", "{a", "'", '"', "\\")
 REFERENCES = ("${seed}", "${nope}", "${oc.env:NOPE}", "${", "${data}", "${seed.x}", "${oc.decode:[}", "???")

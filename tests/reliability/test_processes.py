@@ -251,7 +251,7 @@ def test_bank_of_other_processes_is_dealt_out(two_processes: Processes) -> None:
             assert_equal(found["bank"], rows)
 
 
-TWO = (*DIGITS, "trainer.max_epochs=2", "trainer.devices=2", "+trainer.strategy=ddp")
+TWO = (*DIGITS, "trainer.max_epochs=2", "trainer.devices=2", "trainer.strategy=ddp")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import functools
 import glob
 import inspect
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +33,7 @@ PLUGINS = {
     "joblib": ("hydra-joblib-launcher", "joblib"),
     "optuna": ("hydra-optuna-sweeper", "optuna"),
 }
+OVERRIDE = re.compile(r"\+{0,2}[A-Za-z_][\w./@]*=")
 
 
 def config_dir() -> Path:
@@ -87,6 +90,7 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
             os.environ[FULL_ERROR] = "1"
 
     offer_eval_data()
+    sys.argv[1:] = quoted(sys.argv[1:])
     warnings.filterwarnings("ignore", "The version_base parameter is deprecated")  # by Hydra 1.4; 1.3 needs it
     # Hydra raises instead of printing a traceback and ending the process by itself.
     os.environ[FULL_ERROR] = "1"
@@ -101,6 +105,51 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         sys.exit(INTERRUPTED)
     finally:
         _set_environment(FULL_ERROR, wanted)
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Quote what Hydra's grammar has no place for, so that paths work as people type them.
+
+    Args:
+        arguments: the command line. Overrides that Hydra understands stay as they are, but for a value with commas
+            that is an existing path, and a leading ``~/``.
+
+    Example:
+        >>> quoted(["data.root=Photos (2023)", "seed=1", "data.classes=[a,b]"])
+        ['data.root="Photos (2023)"', 'seed=1', 'data.classes=[a,b]']
+    """
+    multirun = any(x in ("-m", "--multirun") for x in arguments)
+    return [_quoted(x, multirun) if OVERRIDE.match(x) else x for x in arguments]
+
+
+def _quoted(argument: str, multirun: bool) -> str:
+    key, _, value = argument.partition("=")
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
+    parses = _parses(argument := f"{key}={value}")
+    if parses and not ("," in value and os.path.exists(value)):
+        return argument
+    if os.path.exists(value) or not value.startswith(tuple("[{'\"")):
+        parts = value.split(",") if multirun and not os.path.exists(value) else [value]
+        attempt = f"{key}={','.join(x if x and _parses(f'{key}={x}') else _quote(x) for x in parts)}"
+        if len(parts) == 1:
+            attempt = f"{key}={_quote(value)}"
+        if _parses(attempt):
+            return attempt
+    return argument
+
+
+def _quote(value: str) -> str:
+    # A backslash counts as itself, but before a quotation mark.
+    return '"' + re.sub(r'(\\*)("|$)', lambda x: 2 * x[1] + ('\\"' if x[2] else ""), value) + '"'
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 import copy
 import logging
 import os
+import re
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,14 @@ def train(
 def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool, job: Job | None) -> float | None:
     earlier = (read_summary(folder) or {}) if resume else {}
     if earlier.get("status") == "ok":
-        say(f"{os.path.relpath(folder)} holds a finished run: nothing to do")
-        return earlier.get(str(earlier.get("optimized_metric")))
+        length = _longer(earlier, config, folder)
+        if length is None:
+            say(
+                f"{os.path.relpath(folder)} holds a finished run of {earlier.get('epochs', 0)} epochs: nothing to "
+                "do; a larger trainer.max_epochs or trainer.max_steps trains it further"
+            )
+            return earlier.get(str(earlier.get("optimized_metric")))
+        say(f"resume     a finished run, trained further: {length}")
     if not resume:
         check_unused(folder)
     summary: dict[str, Any] = {
@@ -341,6 +348,21 @@ class Run:
         self.evaluation = evaluate_backbones(backbones, self.eval_data, self.config.get("evaluation"))
         for logger in self.trainer.loggers[1:]:  # metrics.csv is about the training
             logger.log_metrics(self.evaluation, step=self.trainer.global_step)
+
+
+def _longer(earlier: Mapping[str, Any], config: DictConfig, folder: Path) -> str | None:
+    """Say by what a configuration is longer than a finished run; None if it is not."""
+    was = (earlier.get("config") or {}).get("trainer") or {}
+    newest = re.search(r"step=(\d+)", (folder / "checkpoints" / "last.ckpt").resolve().name)
+    done = {"max_epochs": int(earlier.get("epochs") or 0), "max_steps": int(newest[1]) if newest else 0}
+    changed = []
+    for name, count in done.items():
+        old, new = was.get(name, -1), config.trainer.get(name, -1)
+        if isinstance(new, int) and 0 <= new <= count:
+            return None
+        if new != old:
+            changed.append(f"trainer.{name} {old} -> {new}")
+    return ", ".join(changed) or None
 
 
 def _two_lines(key: str, data: ImageData) -> str:
