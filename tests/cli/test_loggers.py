@@ -1,5 +1,6 @@
 """The loggers of `adadim-train`, by the files that they write."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -303,3 +304,23 @@ def test_the_sweep_file_makes_command_lines_that_compose() -> None:
     assert sweep["metric"]["name"] in METRICS
     assert sweep["program"] == "adadim-train"
     assert words[:2] == ["${env}", "${program}"]
+
+
+@pytest.mark.parametrize("log_model", ["true", "all"])
+def test_checkpoints_are_uploaded_where_that_is_asked_for(
+    log_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    steps = ["trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", ONE_STEP[-1]]
+    wanted = [f"logger.{name}.log_model={log_model}" for name in ("wandb", "mlflow")]
+    assert run(monkeypatch, folder, "logger=[wandb,mlflow]", *wanted, *steps, "evaluation=null") == 0
+    kept = sorted(path.name for path in folder.glob("checkpoints/epoch=*.ckpt"))
+    assert len(kept) == 2
+    uploaded = kept if log_model == "all" else kept[-1:]
+    [found] = wandb_runs(folder)
+    models = [json.loads(x.metadata) for x in found.artifacts if x.type == "model"]
+    assert [model["original_filename"] for model in models] == uploaded
+    stored = {path.name: path for path in (tmp_path / "mlruns").rglob("*.ckpt")}
+    assert sorted(stored) == uploaded
+    for name, path in stored.items():
+        assert path.read_bytes() == (folder / "checkpoints" / name).read_bytes()

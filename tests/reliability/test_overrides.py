@@ -102,7 +102,7 @@ def test_no_override_of_train_ends_in_a_traceback(overrides: list[str]) -> None:
         (["-x"], "unrecognized arguments: -x; --help shows the usage"),
         (["seed=1", "-m", "seed=1,2"], "put flags such as -m before all overrides"),
         (["seed=${nope}"], "Interpolation key 'nope' not found"),
-        (["seed=\x1b[31m"], r"seed=\x1b[31m"),  # shown, not sent to the terminal
+        (["seed=\x1b[31m"], r"got '\x1b[31m'"),  # shown, not sent to the terminal
     ],
 )
 def test_what_is_wrong_with_an_argument_is_said_in_one_line(arguments: list[str], words: str) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from weakref import ref
+from weakref import proxy, ref
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
@@ -232,6 +232,26 @@ class RunCheckpoints(Checkpoint):
         paths = (self._folder / name for name in self._names)
         return [path for path in paths if path.is_file()]
 
+    # What loggers read of ModelCheckpoint to upload a checkpoint: none is best here, the last is the newest.
+    monitor = None
+    best_model_path = ""
+    best_model_score = current_score = None
+
+    @property
+    def save_top_k(self) -> int:
+        """Number of checkpoints that are kept."""
+        return self.keep
+
+    @property
+    def best_k_models(self) -> dict[str, Tensor]:
+        """Nothing: they are not ranked."""
+        return {}
+
+    @property
+    def last_model_path(self) -> str:
+        """Newest checkpoint; empty before the first."""
+        return str(paths[-1]) if (paths := self.written()) else ""
+
     def _new_name(self, trainer: Trainer) -> str:
         """A name that no checkpoint of another run has."""
         stem = f"epoch={trainer.current_epoch:04d}-step={trainer.global_step:06d}"
@@ -254,6 +274,9 @@ class RunCheckpoints(Checkpoint):
             temporary.unlink(missing_ok=True)
             raise
         self._publish(temporary, name)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:  # log_model=... uploads it
+                logger.after_save_checkpoint(proxy(self))  # type: ignore[arg-type]
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     @rank_zero_only
