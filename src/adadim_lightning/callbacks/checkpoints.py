@@ -276,7 +276,7 @@ class RunCheckpoints(Checkpoint):
         self._publish(temporary, name)
         if trainer.is_global_zero:
             for logger in trainer.loggers:  # log_model=... uploads it
-                logger.after_save_checkpoint(proxy(self))  # type: ignore[arg-type]
+                logger.after_save_checkpoint(proxy(self))
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     @rank_zero_only
