@@ -11,7 +11,7 @@ configuration files. All of them push both views through the model in one call, 
   GPU as many steps as lie between two readings, so that the device is not stopped at each of them. A round has one
   turn of each. Times are divided by that of the bare VICReg in the same round, which takes out what the machine
   does meanwhile. A cycle is the steps from one reading to the next; its length is made of the medians over the
-  steps of each kind (ordinary, with gradients compared for kappa, measured, with a reading), each as often as it
+  steps of each kind (ordinary, with gradients compared for kappa, with a reading), each as often as it
   occurs. Intervals are of a bootstrap over the rounds. On a CPU contenders that only illustrate take part in every
   fourth round; and with glibc memory is kept, rather than given back to the system and asked for again at each
   step, which moves the steps of a contender by several percent, by where its memory happens to lie.
@@ -57,16 +57,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from adadim_lightning import AdaDimModule
-from adadim_lightning.callbacks.monitor import MeasuringPlan, rank_of_eigenvalues
+from adadim_lightning.callbacks.monitor import _information, rank_of_eigenvalues
 from adadim_lightning.cli.app import config_dir
 from adadim_lightning.functional import (
     eigenvalue_spectrum,
-    matrix_mutual_information,
     nt_xent_loss,
     vicreg_loss,
 )
 from adadim_lightning.functional._relations import nt_xent_and_information
-from adadim_lightning.metrics.window import RecentRows
+from adadim_lightning.metrics.window import PendingSteps, RecentRows, Step
 from adadim_lightning.models import representation_dim
 from adadim_lightning.objective import MATCH_EVERY
 from adadim_lightning.report.dynamics import BLUE, GREEN, GREY, ORANGE, RED
@@ -410,18 +409,9 @@ class Racer:
             raise self._error
 
 
-def plan_of(config: DictConfig) -> tuple[MeasuringPlan, int]:
-    """When the callback measures and reads, and the rows of a step."""
-    callback = config.callbacks.adadim
-    return MeasuringPlan(callback.window, callback.every_n_steps, epoch_end=True), 2 * config.data.batch_size
-
-
 def kind_of(step: int, config: DictConfig) -> str:
-    plan, rows = plan_of(config)
-    if plan.reads_after(step):
+    if (step + 1) % config.callbacks.adadim.every_n_steps == 0:
         return "reading"
-    if plan.measures(step, math.inf, rows):
-        return "measured"
     return "matched" if step % MATCH_EVERY == 0 else "ordinary"
 
 
@@ -575,10 +565,11 @@ PARTS = {
     "matching": "comparison of gradients, on average",
     "guard": "watch for NaN in loss and gradients",
     "optimizer": "optimizer",
-    "measuring": "measured steps, on average",
+    "keeping": "copies of R and Z",
+    "measuring": "measuring of the window, on average",
     "reading": "spectra of a reading, on average",
 }
-ADDED = ("relations", "matching", "measuring", "reading")  # to a step of VICReg
+ADDED = ("relations", "matching", "keeping", "measuring", "reading")  # to a step of VICReg
 
 
 class Laps:
@@ -610,6 +601,7 @@ class Stages:
         shape = (self.config.data.batch_size, 3, settings.size, settings.size)
         self.images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device_of())
         callback = self.config.callbacks.adadim
+        self.pending = PendingSteps(callback.window)
         self.recent = [RecentRows(callback.window) for _ in range(2)]
 
     def gradients(self, view1: Tensor, view2: Tensor, lap: Callable[[str], None]) -> tuple[Tensor, Tensor, Tensor]:
@@ -666,14 +658,17 @@ class Stages:
             self.optimizer.step()
         self.optimizer.zero_grad()
         lap("optimizer")
-        with torch.no_grad():
-            r, z = r.clone(), z.clone()  # as the taps do
-            bool(torch.isfinite(r).all() & torch.isfinite(z).all())
-            for recent, x in zip(self.recent, (r, z), strict=True):
-                recent.update(x)
-            matrix_mutual_information(r.float(), z.float())
-        lap("measuring")
+        r, z = r.clone(), z.clone()  # as the taps do
+        self.pending.add(Step.of(0, [r], [z]))
+        lap("keeping")
         if read:
+            steps, _ = self.pending.take(r.device)
+            for recent, rows in zip(
+                self.recent, zip(*((x.step.r, x.step.z) for x in steps), strict=True), strict=True
+            ):
+                recent.update(torch.cat(rows))
+            _information(steps)
+            lap("measuring")
             for recent in self.recent:
                 rank_of_eigenvalues(recent.read()[0], "singular")
             lap("reading")
@@ -685,10 +680,11 @@ def parts_of_step(settings: Settings, head: str) -> dict[str, Any]:
     stages = Stages(settings, head)
     cycle = kinds_of_a_cycle(stages.config)
     steps = sum(cycle.values())
-    measured = cycle["measured"] + cycle["reading"]
-    laps = [stages.step(read=(i + 1) % measured == 0) for i in range(measured * settings.cycles_of_parts)]
-    laps = laps[measured:]  # the first cycle was to warm up
-    often = {"matching": 1 / MATCH_EVERY, "measuring": measured / steps, "reading": 1 / steps}
+    callback = stages.config.callbacks.adadim
+    window = math.ceil(callback.window / (2 * stages.config.data.batch_size))  # in steps, all before a reading
+    laps = [stages.step(read=(i + 1) % window == 0) for i in range(window * settings.cycles_of_parts)]
+    laps = laps[window:]  # the first cycle was to warm up
+    often = {"matching": 1 / MATCH_EVERY, "measuring": 1 / steps, "reading": 1 / steps}
     rows = {}
     for part in PARTS:
         once = 1000 * median([lap[part] for lap in laps if part in lap])
@@ -1029,7 +1025,9 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     parts = found["parts"]
     rows = [
-        [title, *(x for head in heads for x in _part(parts[head]["rows"][part]))] for part, title in PARTS.items()
+        [title, *(x for head in heads for x in _part(parts[head]["rows"][part]))]
+        for part, title in PARTS.items()
+        if part in parts[heads[0]]["rows"]  # not all were told apart at all times
     ]
     rows.append(["all", *(x for head in heads for x in (_ms(parts[head]["step_ms"]), ""))])
     lines += _table(["part", *(x for head in heads for x in (f"`{head}`: ms", "share"))], rows)
@@ -1234,7 +1232,7 @@ def _draw_race(axes: Axes, found: dict[str, Any]) -> None:
 
 
 def _draw_parts(axes: Axes, found: dict[str, Any]) -> None:
-    keys = list(PARTS)
+    keys = [part for part in PARTS if all(part in parts["rows"] for parts in found["parts"].values())]
     smallest = 100.0
     for index, (head, parts) in enumerate(found["parts"].items()):
         style = style_of(index)

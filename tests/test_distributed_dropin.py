@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +23,7 @@ from adadim_lightning import (
     OnlineLinearProbe,
 )
 from adadim_lightning.distributed import gather_uneven_rows, world_size
-from tests.helpers import Recorder, fit, fixed_batches, held_out
+from tests.helpers import Recorder, fit, fixed_batches, held_out, tiny_module
 from tests.metrics.conftest import two_processes  # noqa: F401
 from tests.metrics.distributed import Processes
 from tests.test_distributed import BATCH, EPOCHS, STEPS, ddp_trainer, own_share
@@ -268,3 +270,91 @@ def test_uneven_rows_are_gathered_in_the_order_of_the_processes(two_processes: P
     for found in two_processes.run(gathered_unevenly):
         assert found[0].tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]]
         assert found[1].tolist() == [[10, 11], [12, 13]]
+
+
+class Watched(Foreign):
+    """Skips the head in a step on one process, as a module may."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2 and world_size() > 1 and distributed.get_rank() == 1:
+            return sum(self.backbone(x).square().mean() for x in batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def watched(kind: str, sizes: list[list[int]] = SIZES) -> dict[str, float]:
+    """What is logged of a model that stands still, on batches that differ in size between processes."""
+    make = {
+        "monitor": lambda: DimensionMonitor(every_n_steps=3, window=10_000),
+        "observing": lambda: AdaDim(native_loss="other", observe=True, every_n_steps=3),
+    }[kind]
+    module = Watched("other")
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    batches, options = pieces(sizes), {"max_epochs": 1}
+    if world_size() > 1:
+        own = [step[distributed.get_rank()] for step in batches]
+        strategy = DDPStrategy(
+            cluster_environment=TorchElasticEnvironment(),
+            process_group_backend="gloo",
+            find_unused_parameters=True,
+        )
+        used = ddp_trainer([make()], use_distributed_sampler=False, strategy=strategy, **options)
+        used.fit(module, DataLoader(own, batch_size=None))
+    else:
+        del batches[2]  # not read by all, so by none
+        whole = [
+            (tuple(torch.cat([views[k] for views, _ in step]) for k in range(2)), torch.cat([y for _, y in step]))
+            for step in batches
+        ]
+        used = fit(module, DataLoader(whole, batch_size=None), make(), **options)
+    return {key: float(value) for key, value in used.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("kind", ["monitor", "observing"])
+def test_two_processes_measure_batches_of_different_sizes_as_one_does(
+    kind: str,
+    two_processes: Processes,  # noqa: F811
+) -> None:
+    first, second = two_processes.run(watched, kind)
+    one = watched(kind)
+    assert first == second
+    expected = {"dynamics/ER_R", "dynamics/I_RZ", "dynamics/log_n"}
+    assert expected | ({"loss/information"} if kind == "observing" else set()) <= set(one)
+    own = {"loss/native", "loss/total", "loss_weighted/native"}  # the mean of each process's own
+    for key in set(one) - own:
+        assert first[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+    if kind == "observing":  # where a process has one image the terms are not defined, but R and Z are
+        few = two_processes.run(watched, kind, [*SIZES, [1, 5]])[0]
+        assert few["loss/information"] == pytest.approx(first["loss/information"])
+        assert few["dynamics/I_RZ"] != pytest.approx(first["dynamics/I_RZ"])
+
+
+def steered(sizes: list[list[int]], native: bool) -> str:
+    batches = [step[distributed.get_rank()] for step in pieces(sizes)]
+    module = Foreign("other") if native else tiny_module()
+    used = ddp_trainer(
+        [AdaDim(native_loss="other") if native else AdaDim()], use_distributed_sampler=False, max_epochs=1
+    )
+    try:
+        used.fit(module, DataLoader(batches, batch_size=None))
+    except ValueError as error:
+        return str(error)
+    return f"{used.global_step} steps"
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "own"])
+@pytest.mark.parametrize(("sizes", "said"), [
+    ([[4, 4], [4, 4], [4, 3]], "4 and 3 images; give the data loader drop_last=True"),
+    ([[4, 4], [2, 3]], "2 and 3 images"),
+    ([[4, 4], [6, 4]], "6 and 4 images"),
+    ([[2, 5]], "2 and 5 images"),
+    ([[4, 4], [2, 2], [6, 6], [4, 4]], "4 steps"),
+])  # fmt: skip
+def test_a_loss_of_all_processes_says_in_one_line_that_their_batches_differ(
+    native: bool,
+    sizes: list[list[int]],
+    said: str,
+    two_processes: Processes,  # noqa: F811
+) -> None:
+    for found in two_processes.run(steered, sizes, native):
+        assert said in found
+        assert "\n" not in found

@@ -1,6 +1,7 @@
 """What several processes that train together have in common."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,10 +72,17 @@ def of_all_processes(own: T) -> list[T]:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, x.contiguous())
+        rows, counts = _exchange(x, len(x))
+        uneven = (counts != len(x)).any()
+        if x.device.type == "cpu":
+            if uneven:
+                raise UnevenRowsError(counts)
+        else:
+            # To ask would be to wait for the device. A process with another number of rows has raised by now; what
+            # the others make of its rows must not be trained.
+            rows = rows.masked_fill(uneven, math.nan)
         ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
-        return torch.cat(gathered)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
@@ -84,6 +92,53 @@ class _GatherRows(torch.autograd.Function):
         return grad_outputs[0][ctx.rows] * dist.get_world_size()
 
 
+class UnevenRowsError(ValueError):
+    """Processes that compute one loss of their batches together have batches of different sizes."""
+
+    def __init__(self, counts: Tensor) -> None:
+        sizes = " and ".join(str(int(n)) for n in counts)
+        super().__init__(
+            "AdaDim's loss is that of the batches of all processes together, which must be of one size but have "
+            f"{sizes} images; give the data loader drop_last=True, and where bad images are left out, put others "
+            "in their place"
+        )
+
+
+def _exchange(x: Tensor, expected: int) -> tuple[Tensor, Tensor]:
+    """The first ``expected`` rows of each process, one below the other, and how many each has.
+
+    Every process sends equally much, whatever it has: a collective of unequal sizes aborts or never ends.
+    """
+    sent = x.new_zeros(expected + 1, x.shape[1])
+    kept = x[:expected]
+    sent[: len(kept)] = kept
+    sent[-1, 0] = len(x)
+    received = x.new_empty(world_size(), *sent.shape)
+    dist.all_gather(list(received), sent)
+    return received[:, :-1].flatten(end_dim=1), received[:, -1, 0]
+
+
+def _agree_on_rows(x: Tensor) -> None:
+    """Make sure that all processes expect as many rows of each other as this one has.
+
+    Only a process whose number has changed waits for the device. The others notice it in what comes next.
+
+    Raises:
+        UnevenRowsError: another process has a different number.
+    """
+    group, expected = _expected_rows
+    if group is not dist.group.WORLD:
+        expected = 0  # another set of processes
+    if expected != len(x):
+        counts = _exchange(x, expected)[1]
+        if (counts != len(x)).any():
+            raise UnevenRowsError(counts)
+        _expected_rows[:] = [dist.group.WORLD, len(x)]
+
+
+_expected_rows: list[Any] = [None, 0]  # the processes that have agreed, and on what
+
+
 def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The rows of all processes, in the order of their ranks, differentiable.
 
@@ -91,15 +146,23 @@ def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     that one process would compute on the global batch.
 
     Args:
-        tensors: each of shape ``(N, d_i)``, with the same N, device and dtype on every process.
+        tensors: each of shape ``(N, d_i)``, in float32 or wider, with the same device and dtype on every process,
+            and the same N where gradients are on.
 
     Returns:
         Each of shape ``(W * N, d_i)`` for W processes; the tensors themselves when there is only one.
+
+    Raises:
+        UnevenRowsError: the processes have different N where gradients are on.
     """
     if world_size() == 1:
         return tensors
+    if not torch.is_grad_enabled():
+        return gather_uneven_rows(*tensors)
     widths = [x.shape[1] for x in tensors]
-    gathered: Tensor = _GatherRows.apply(torch.cat(tensors, dim=1))
+    joined = torch.cat(tensors, dim=1)
+    _agree_on_rows(joined.detach())
+    gathered: Tensor = _GatherRows.apply(joined)
     return tuple(torch.split(gathered, widths, dim=1))
 
 
@@ -114,15 +177,28 @@ def gather_uneven_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if world_size() == 1:
         return tuple(x.detach() for x in tensors)
-    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(counts, own)
-    lengths = [int(n) for n in counts]
-    results = []
-    for x in tensors:
-        padded = x.new_zeros(max(lengths), *x.shape[1:])
-        padded[: len(x)] = x.detach()
-        gathered = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(gathered, padded)
-        results.append(torch.cat([rows[:n] for rows, n in zip(gathered, lengths, strict=True)]))
-    return tuple(results)
+    lengths = rows_of_all_processes(torch.tensor([len(tensors[0])], device=tensors[0].device))
+    return tuple(torch.cat(parts_of_all_processes(x.detach(), [int(n) for n in lengths])) for x in tensors)
+
+
+def rows_of_all_processes(x: Tensor) -> Tensor:
+    """What each process has, shape ``(W, ...)`` for W processes, of a tensor that has one shape on all of them."""
+    received = x.new_empty(world_size(), *x.shape)
+    if world_size() == 1:
+        return received.copy_(x)
+    dist.all_gather(list(received), x.contiguous())
+    return received
+
+
+def parts_of_all_processes(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The rows of each process.
+
+    Args:
+        x: those of this process, shape ``(N, ...)``, detached.
+        lengths: N of each process.
+    """
+    if world_size() == 1:
+        return [x]
+    padded = x.new_zeros(max(lengths), *x.shape[1:])
+    padded[: len(x)] = x
+    return [rows[:n] for rows, n in zip(rows_of_all_processes(padded), lengths, strict=True)]

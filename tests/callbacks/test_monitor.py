@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, IterableDataset
 
 from adadim_lightning import AdaDim, DimensionMonitor, NonFiniteError, OnlineKNN
-from adadim_lightning.callbacks.monitor import MeasuringPlan
 from adadim_lightning.functional import effective_rank, matrix_mutual_information
 from tests.helpers import (
     DIM_R,
@@ -88,23 +87,6 @@ def test_the_ranks_of_a_long_epoch_are_those_of_its_last_window() -> None:
     fit(tiny_module(), fixed_batches(25), monitor, recorder)
     last = recorder.rows(0, [22, 23, 24])
     assert recorder.logged[0]["dynamics/ER_R"] == pytest.approx(float(effective_rank(last)), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("plan", "expected"),
-    [
-        (MeasuringPlan(96, 10, epoch_end=True), [7, 8, 9, 17, 18, 19, 22, 23, 24]),
-        (MeasuringPlan(97, 10, epoch_end=False), [6, 7, 8, 9, 16, 17, 18, 19]),
-        (MeasuringPlan(1, None, epoch_end=True), [24]),
-        (MeasuringPlan(33, None, epoch_end=True), [23, 24]),
-        (MeasuringPlan(10_000, 50, epoch_end=True), list(range(25))),
-    ],
-    ids=repr,
-)
-def test_the_plan_asks_for_the_fewest_steps_that_fill_the_window(plan: MeasuringPlan, expected: list[int]) -> None:
-    steps = range(25)
-    assert [step for step in steps if plan.measures(step, 24 - step, 32)] == expected
-    assert [step for step in steps if plan.reads_after(step)] == ([9, 19] if plan.every_n_steps == 10 else [])
 
 
 def test_checkpoints_and_early_stopping_can_follow_it_without_validation(tmp_path) -> None:
@@ -472,15 +454,82 @@ class Readings(Callback):
         self.found.append((trainer.global_step, self.monitor.last_reading.step))
 
 
-@pytest.mark.parametrize("make", [DimensionMonitor, lambda *x: AdaDim(*x, native_loss="other")])
-def test_every_epoch_of_a_stream_ends_with_a_reading(make: Any) -> None:
+@pytest.mark.parametrize("make", [DimensionMonitor, lambda *x, **how: AdaDim(*x, native_loss="other", **how)])
+def test_every_epoch_of_a_stream_ends_with_a_reading_of_its_last_rows(make: Any) -> None:
     lengths = [5, 3, 1, 4]
-    monitor, recorder = make("encoder", "projector"), Recorder("encoder", "projector")
-    readings = Readings(monitor)
+    monitor = make("encoder", "projector", window=2 * ROWS)
+    recorder, readings = Recorder("encoder", "projector"), Readings(monitor)
     stream = DataLoader(Stream(lengths), batch_size=None)
     stopping = EarlyStopping("dynamics/ER_R", mode="max", patience=9)
     fit(OneCallPerView(), stream, monitor, recorder, readings, stopping, max_epochs=4)
     ends = [sum(lengths[: i + 1]) for i in range(4)]
     assert readings.found == [(end, end) for end in ends]
     assert [epoch for epoch, *_ in monitor.spectra] == [0, 1, 2, 3]
-    assert all("dynamics/I_RZ" in logged for logged in recorder.logged)
+    # To the one step of the third epoch belong those that were read together before it.
+    windows = [[3, 4], [6, 7], [6, 7, 8], [11, 12]]
+    for logged, window, measured in zip(recorder.logged, windows, [[3, 4], [6, 7], [8], [11, 12]], strict=True):
+        assert_logged(logged, recorder, window=window, measured=measured)
+
+
+class StopAt(Callback):
+    def __init__(self, step: int, how: str) -> None:
+        self.step, self.how = step, how
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step and self.how == "should_stop":
+            trainer.should_stop = True
+        if trainer.global_step == self.step and self.how == "timer":
+            (timer,) = (x for x in trainer.callbacks if isinstance(x, Timer))
+            timer._offset = 10**6  # its time is up
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.global_step == self.step and self.how == "validation":
+            trainer.should_stop = True  # as early stopping does
+
+
+@pytest.mark.parametrize("how", ["should_stop", "timer", "validation", "max_steps"])
+def test_an_epoch_that_is_cut_ends_with_a_reading_of_its_last_rows(how: str) -> None:
+    recorder, monitor = Recorder(), DimensionMonitor(window=2 * ROWS)
+    options: dict[str, Any] = {"max_epochs": 9, "val_check_interval": 3}
+    if how == "max_steps":
+        options |= {"max_epochs": -1, "max_steps": 9}
+    timer = Timer(timedelta(hours=1), interval="step")
+    module = tiny_module()
+    fit(module, (fixed_batches(20), held_out()), StopAt(9, how), timer, monitor, recorder, **options)
+    assert len(recorder.steps) == 9
+    assert monitor.last_reading.step == 9
+    assert_logged(recorder.logged[-1], recorder, window=[7, 8], measured=[7, 8])
+
+
+def test_a_run_that_was_cut_between_two_readings_goes_on_with_what_it_had(tmp_path) -> None:
+    whole = Recorder()
+    data = fixed_batches(6)
+    middle = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(tiny_module(), data, DimensionMonitor(window=5 * ROWS), middle, whole, max_epochs=1)
+    again, monitor = Recorder(), DimensionMonitor(window=5 * ROWS)
+
+    class LastTwo(torch.utils.data.Sampler):
+        def __iter__(self):
+            return iter(range(4 * 16, 6 * 16))
+
+        def __len__(self) -> int:
+            return 6 * 16
+
+    rest = DataLoader(data.dataset, batch_size=16, sampler=LastTwo())
+    fit(
+        tiny_module(), rest, monitor, Follow(again), max_epochs=1, ckpt_path=tmp_path / "step=4.ckpt", logger=False
+    )
+    assert again.logged[0]["dynamics/ER_R"] == pytest.approx(whole.logged[0]["dynamics/ER_R"], rel=1e-5)
+    assert again.logged[0]["dynamics/I_RZ"] == pytest.approx(whole.logged[0]["dynamics/I_RZ"], rel=1e-5)
+
+
+def test_a_checkpoint_of_before_steps_were_kept_for_a_reading_is_gone_on_with(tmp_path) -> None:
+    fit(tiny_module(), fixed_batches(5), DimensionMonitor(window=2 * ROWS), every_epoch(tmp_path))
+    old = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    state = old["callbacks"]["DimensionMonitor{}"]
+    del state["pending"], state["has_read"]
+    state["rows_per_step"] = ROWS
+    torch.save(old, tmp_path / "old.ckpt")
+    recorder, monitor = Recorder(), DimensionMonitor(window=2 * ROWS)
+    fit(tiny_module(), fixed_batches(1), monitor, recorder, max_epochs=2, ckpt_path=tmp_path / "old.ckpt")
+    assert monitor.recent_r.read()[1] == 3 * ROWS  # the two that were read before, and the one step since

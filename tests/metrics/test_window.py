@@ -1,4 +1,4 @@
-"""The spectrum of the most recent rows."""
+"""The most recent training steps, and the spectrum of their rows."""
 
 import pickle
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adadim_lightning.distributed import rank
 from adadim_lightning.functional import eigenvalue_spectrum
-from adadim_lightning.metrics.window import RecentRows, size_and_spread
+from adadim_lightning.metrics.window import PendingSteps, RecentRows, Step, size_and_spread
 
 from .distributed import Processes
 
@@ -168,3 +168,138 @@ def last(chunks: list[Tensor], window: int) -> Tensor:
 def test_reading_before_any_row_is_an_error() -> None:
     with pytest.raises(ValueError, match="no row has arrived yet"):
         RecentRows(10).read()
+
+
+CPU = torch.device("cpu")
+
+
+def step(number: int, images: int = 16, value: float = 0.0) -> Step:
+    """Two views whose entries tell the step."""
+    views = [torch.full((images, d), number + value) for d in (3, 3, 2, 2)]
+    return Step.of(number, views[:2], views[2:])
+
+
+def nothing(number: int) -> Step:
+    return Step(number, torch.zeros(0, 0), torch.zeros(0, 0), first=0)
+
+
+def numbers(found: list[Any]) -> list[int]:
+    return [measured.step.number for measured in found]
+
+
+@pytest.mark.parametrize(
+    ("window", "first_view", "kept"),
+    [
+        (96, False, [7, 8, 9]),
+        (97, False, [6, 7, 8, 9]),
+        (1, False, [9]),
+        (33, True, [7, 8, 9]),
+        (10**6, False, None),
+    ],
+)
+def test_the_newest_steps_that_fill_the_window_are_taken(window: int, first_view: bool, kept: list[int]) -> None:
+    pending = PendingSteps(window, first_view=first_view)
+    for number in range(10):
+        pending.add(step(number))
+    found, bad = pending.take(CPU)
+    assert numbers(found) == kept
+    assert (found[0].counts, found[0].images, bad) == ([32], [16], None)
+    assert pending.take(CPU) == ([], None)  # each step once
+
+
+def test_steps_without_rows_or_with_a_nan_are_left_out() -> None:
+    pending = PendingSteps(1000)
+    steps = [step(0), nothing(1), step(2, value=float("nan")), step(3), step(4, value=float("inf")), step(5)]
+    for each in steps:
+        pending.add(each)
+    found, bad = pending.take(CPU)
+    assert (numbers(found), bad) == ([0, 3, 5], 2)
+
+
+def test_a_step_holds_its_rows_and_no_more() -> None:
+    whole = torch.randn(8, 5)
+    tokens = torch.randn(8, 100, 5)
+    held = Step.of(0, list(whole.chunk(2)), [tokens[:4, 0], tokens[4:, 0]])
+    assert held.r.data_ptr() == whole.data_ptr()  # no copy
+    assert torch.equal(held.r, whole)
+    assert held.z.untyped_storage().nbytes() == held.z.nbytes  # of the tokens, nothing else
+    assert torch.equal(held.z, tokens[:, 0])
+    for apart in (whole[:6].chunk(2), whole.chunk(2)[::-1], (whole[::2], whole[1::2])):
+        r = Step.of(0, list(apart), list(apart)).r
+        assert torch.equal(r, torch.cat(list(apart)))
+        assert r.untyped_storage().nbytes() == r.nbytes
+    views = held.views()
+    assert torch.equal(views[0][1], whole[4:])
+    assert torch.equal(views[1][0], tokens[:4, 0])
+
+
+def taken(sizes: list[list[int]], window: int, first_view: bool) -> list[tuple[int, list[int]]]:
+    """What is taken of steps that have so many images on this process; of none, the step cannot be read."""
+    pending = PendingSteps(window, first_view=first_view)
+    for number, images in enumerate(sizes):
+        own = images[rank()]
+        pending.add(step(number, abs(own), float("nan") if own < 0 else 0.0) if own else nothing(number))
+    found, bad = pending.take(CPU)
+    return [(measured.step.number, measured.counts) for measured in found] + [(-1, [bad])]
+
+
+@pytest.mark.parametrize("first_view", [False, True])
+def test_processes_take_the_same_steps_whatever_their_sizes(first_view: bool, two_processes: Processes) -> None:
+    sizes = [[4, 4], [2, 9], [0, 4], [3, -3], [8, 1], [5, 5]]
+    views = 1 if first_view else 2
+    for window, kept in ((10**6, [0, 1, 4, 5]), (views * 19, [4, 5]), (views * 10, [5])):
+        first, second = two_processes.run(taken, sizes, window, first_view)
+        assert first == second
+        assert first[:-1] == [(i, [2 * n for n in sizes[i]]) for i in kept]
+        assert first[-1] == (-1, [3 if window > 100 else None]) or window < 100
+
+
+def pending_state(sizes: list[int]) -> Any:
+    pending = PendingSteps(1000)
+    for number, images in enumerate(sizes):
+        pending.add(step(number, images, value=rank() / 4) if images else nothing(number))
+    return pickle.loads(pickle.dumps(pending.state_dict()))
+
+
+def pending_resumed(state: Any) -> list[tuple[int, list[int], list[float], list[float]]]:
+    pending = PendingSteps(1000)
+    pending.load_state_dict(state)
+    found, _ = pending.take(CPU)
+    return [(m.step.number, m.counts, m.step.r[:, 0].tolist(), m.step.z[:, 0].tolist()) for m in found]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2), (1, 1)])
+def test_steps_go_on_from_a_checkpoint_of_any_number_of_processes(
+    before: int, after: int, two_processes: Processes
+) -> None:
+    sizes = [4, 0, 6]
+    state = two_processes.run(pending_state, sizes)[0] if before == 2 else pending_state(sizes)
+    found = two_processes.run(pending_resumed, state) if after == 2 else [pending_resumed(state)]
+    for i, (number, images) in enumerate(((0, 4), (2, 6))):
+        of_step = [process[i] for process in found]
+        assert all(x[0] == number and x[1] == [2 * before * images // after] * after for x in of_step)
+        # Each row once, and R and Z of one row on the same process; a view lies in a row with its images in order.
+        rows = sorted(value for x in of_step for value in x[2])
+        assert rows == sorted([number + process / 4 for process in range(before)] * 2 * images)
+        assert all(x[2] == x[3] for x in of_step)
+
+
+def read_uneven(window: int, sizes: list[list[int]], rows: list[Tensor]) -> tuple[Tensor, int, int]:
+    recent = RecentRows(window)
+    start = 0
+    for step in sizes:
+        total = sum(step)
+        begin = start + sum(step[: rank()])
+        recent.update(rows[0][begin : begin + step[rank()]], total)
+        recent.close()
+        start += total
+    return recent.read()
+
+
+def test_chunks_of_different_sizes_count_as_many_rows_as_they_have(two_processes: Processes) -> None:
+    sizes = [[30, 2], [3, 20], [1, 40], [9, 9]]
+    x = drifting(sum(map(sum, sizes)))
+    for window, kept in ((1000, len(x)), (59, 59), (60, 82), (18, 18)):
+        first, second = two_processes.run(read_uneven, window, sizes, [x])
+        assert torch.equal(first[0], second[0])
+        assert_spectrum_of(first, x[-kept:], center=False)

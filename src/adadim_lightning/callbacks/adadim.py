@@ -1,7 +1,7 @@
 """Steers the objective by what is measured."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from adadim_lightning.balance import Balance, EffectiveRankSchedule, Statistics
-from adadim_lightning.callbacks.monitor import DimensionMonitor, MeasuringPlan, rank_of_eigenvalues
+from adadim_lightning.callbacks.monitor import DimensionMonitor, rank_of_eigenvalues
 from adadim_lightning.distributed import training_progress, training_steps
 from adadim_lightning.epoch_means import EpochMeans
-from adadim_lightning.feed import Feed, Pool, Source, batch_size_of
+from adadim_lightning.feed import Feed, Pool, Source
 from adadim_lightning.functional._numeric import check_bool, check_number
 from adadim_lightning.functional.spectrum import Spectrum
-from adadim_lightning.metrics.window import RecentRows
+from adadim_lightning.metrics.window import Measured, PendingSteps, RecentRows, Step
 from adadim_lightning.objective import AdaDimLoss, ObjectiveOutput
 from adadim_lightning.steering import (
     NATIVE_LOSSES,
@@ -140,9 +140,7 @@ class AdaDim(DimensionMonitor):
         self.objective, self.balance = _copied(*self._given)
         self.native_scale = NativeScale()
         # What alpha is read from: the rows that are logged, or others where the balance asks for them.
-        self.balance_plan = MeasuringPlan(
-            self.balance.window, self.balance.every_n_steps, epoch_end=self.balance.every_n_steps is None
-        )
+        self.balance_pending = PendingSteps(self.balance.window, first_view=self.balance.views == "first")
         asked = (self.balance.window, self.balance.views, self.balance.center, self.balance.every_n_steps)
         self.shares_rows = asked == (window, "both", center, every_n_steps)
         self.balance_z = (
@@ -239,13 +237,19 @@ class AdaDim(DimensionMonitor):
     # The loss of a module that has its own.
 
     def _record(self) -> None:
-        wanted = self._measuring or self._adds_terms
-        self.feed.record(wanted, graph=self._adds_terms)
+        self.feed.record(True, graph=self._adds_terms)
         if self.momentum is not None:
-            self.momentum.record(wanted)
+            self.momentum.record(True)
+
+    def _momentum_rows(self, views: int, batch: Any, outputs: Any) -> list[Tensor]:
+        """R and Z of the second view, where another branch sees it; none elsewhere."""
+        if self.momentum is None:
+            return []
+        if views > 1:
+            raise ValueError(f"momentum=... is for a student that sees one view; this one sees {views}")
+        return [x.rows[-1] for x in self.momentum.read(batch, outputs)]
 
     def _steered(self, native: Tensor, batch: Any, outputs: Any) -> ObjectiveOutput:
-        assert self.native_loss is not None
         r, z = self.feed.read(batch, outputs)
         if native.requires_grad and not any(x.requires_grad for x in z.rows):
             raise ValueError(
@@ -257,20 +261,28 @@ class AdaDim(DimensionMonitor):
                 "R has no gradient though its submodule is trained: checkpoint activations by use_reentrant=False"
             )
         self._views = [[x.detach() for x in views.rows] for views in (r, z)]
-        rows_r, rows_z = r.rows, z.rows
-        if self.momentum is not None:
-            if len(rows_r) > 1:
-                raise ValueError(f"momentum=... is for a student that sees one view; this one sees {len(rows_r)}")
-            momentum_r, momentum_z = self.momentum.read(batch, outputs)
-            rows_r, rows_z = rows_r + momentum_r.rows[-1:], rows_z + momentum_z.rows[-1:]
+        momentum = self._momentum_rows(len(r.rows), batch, outputs)
+        return self._objective_of(native, r.rows, z.rows, momentum, z.originals)
+
+    def _objective_of(
+        self,
+        native: Tensor,
+        r: Sequence[Tensor],
+        z: Sequence[Tensor],
+        momentum: Sequence[Tensor],
+        embeddings: Sequence[Tensor] | None = None,
+    ) -> ObjectiveOutput:
+        assert self.native_loss is not None
+        if momentum:
+            r, z = [*r, momentum[0]], [*z, momentum[1]]
         return steered_loss(
             self.native_loss,
             native,
-            rows_r,
-            rows_z,
+            r,
+            z,
             self.objective,
             weight=self.weight,
-            embeddings=z.originals if self._adds_terms else None,
+            embeddings=embeddings,
             native_scale=self.native_scale,
         )
 
@@ -289,9 +301,6 @@ class AdaDim(DimensionMonitor):
     def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
         return self._views if self._views is not None else super()._read(batch, outputs)
 
-    def _plans(self) -> list[MeasuringPlan]:
-        return [self.plan, self.balance_plan]
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -307,33 +316,53 @@ class AdaDim(DimensionMonitor):
         self._batch = batch
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
-        super()._measure(r_views, z_views)
-        if not self.shares_rows and self.balance_plan.measures(self._step, self._left, self._rows_per_step):
-            for z in z_views[:1] if self.balance.views == "first" else z_views:
-                self.balance_z.update(z)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in a measured step, and renew the statistics when it is time."""
-        if self._measuring:
-            self.guard.check_all()
-        native = loss_of(outputs)
-        if self._measuring and self.observe and self.native_loss is not None and native is not None:
-            if pl_module.automatic_optimization:
-                native = native * trainer.accumulate_grad_batches
-            if (batch_size_of(batch) or 2) > 1:  # of one image, the terms are not defined
-                with torch.no_grad():
-                    self._log_loss(pl_module, self._steered(native, batch, outputs))
+        """Take in the step, and renew the statistics when it is time."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.momentum is not None:
             self.momentum.release()
         self._batch = self._views = None
-        if self.balance_plan.reads_after(self._step - 1):
+        if self.balance.every_n_steps is not None and self._step % self.balance.every_n_steps == 0:
+            self._measure(pl_module)
             self._renew_statistics(trainer)
 
+    def _more(self, views: int, batch: Any, outputs: Any) -> tuple[Tensor, ...]:
+        native = loss_of(outputs) if self.observe and self.native_loss is not None else None
+        if native is None:
+            return ()
+        momentum = self._momentum_rows(views, batch, outputs)
+        return (native.detach(), *(x.detach().clone() for x in momentum))
+
+    def _hold(self, step: Step) -> None:
+        super()._hold(step)
+        if not self.shares_rows:
+            self.balance_pending.add(step)
+
+    def _measure(self, module: LightningModule) -> list[Measured]:
+        self.guard.check_all()
+        steps = super()._measure(module)
+        for measured in steps:
+            # Of one image, the terms are not defined.
+            if measured.step.more and min(measured.images) > 1:
+                native, *momentum = measured.step.more
+                if module.automatic_optimization:
+                    native = native * module.trainer.accumulate_grad_batches
+                with torch.no_grad():
+                    self._log_loss(module, self._objective_of(native, *measured.step.views(), momentum))
+        return steps
+
+    def _take_in_balance(self, steps: list[Measured], _: int | None) -> None:
+        """Add what the balance reads, which are other rows than those that are logged."""
+        first = self.balance.views == "first"
+        if steps:
+            own = [m.step.z[: m.step.first] if first else m.step.z for m in steps]
+            self.balance_z.update(torch.cat(own), sum(sum(m.images if first else m.counts) for m in steps))
+
     def _renew_statistics(self, trainer: Trainer) -> None:
+        if not self.shares_rows:
+            self._take_in_balance(*self.balance_pending.take(trainer.lightning_module.device))
         if self.balance_z.empty or not self._measured:
             return  # every step so far had a NaN or infinity
         eigenvalues_z, rows, dim_z = self.balance_z.read()
@@ -358,7 +387,7 @@ class AdaDim(DimensionMonitor):
             if self._balanced is not None:
                 values["balance/beta"] = self._balanced.gamma * phase
             self._log(pl_module, values)
-        if self.balance_plan.epoch_end:
+        if self.balance.every_n_steps is None:
             self._renew_statistics(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -372,7 +401,12 @@ class AdaDim(DimensionMonitor):
             "objective": self.objective.state_dict(),
             "native_scale": self.native_scale.state_dict(),
         }
-        return state if self.shares_rows else state | {"balance_z": self.balance_z.state_dict()}
+        if self.shares_rows:
+            return state
+        return state | {
+            "balance_pending": self.balance_pending.state_dict(),
+            "balance_z": self.balance_z.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
@@ -386,6 +420,7 @@ class AdaDim(DimensionMonitor):
         if "native_scale" in state_dict:
             self.native_scale.load_state_dict(state_dict["native_scale"])
         if not self.shares_rows and "balance_z" in state_dict:  # else the balance had other settings
+            self.balance_pending.load_state_dict(state_dict.get("balance_pending", []))
             self.balance_z.load_state_dict(state_dict["balance_z"])
 
 

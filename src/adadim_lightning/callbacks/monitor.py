@@ -1,7 +1,7 @@
 """Logs how many dimensions R and Z span, and how much of R the head lets through."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from adadim_lightning.callbacks.tapping import TappingCallback
-from adadim_lightning.distributed import gather_rows, world_size
+from adadim_lightning.distributed import parts_of_all_processes
 from adadim_lightning.feed import Feed, Pool, Source
-from adadim_lightning.functional._numeric import check_bool, check_integer
+from adadim_lightning.functional._numeric import check_bool, check_integer, full_precision
 from adadim_lightning.functional.information import matrix_mutual_information
 from adadim_lightning.functional.spectrum import (
     Spectrum,
@@ -21,44 +21,33 @@ from adadim_lightning.functional.spectrum import (
     _spectral_entropy_of_eigenvalues,
 )
 from adadim_lightning.guard import FiniteGuard, NonFiniteError
-from adadim_lightning.metrics.window import RecentRows, size_and_spread
+from adadim_lightning.metrics.window import Measured, PendingSteps, RecentRows, Step, size_and_spread
 from adadim_lightning.tap import NotCalledError
 
 MOST_SNAPSHOTS = 256
+
+
+def _information(steps: Sequence[Measured]) -> Tensor:
+    """Sum over steps of I_2(R;Z) of the rows of all processes, nats."""
+    joined = [torch.cat([full_precision(x) for x in (m.step.r, m.step.z)], dim=1) for m in steps]
+    totals = [sum(counts) for counts in zip(*(m.counts for m in steps), strict=True)]  # of each process
+    width = steps[0].step.r.shape[1]
+    processes = [
+        torch.split(part, [m.counts[i] for m in steps])
+        for i, part in enumerate(parts_of_all_processes(torch.cat(joined), totals))
+    ]
+    return torch.stack(
+        [
+            matrix_mutual_information(rows[:, :width], rows[:, width:])
+            for rows in (torch.cat(parts) for parts in zip(*processes, strict=True))
+        ]
+    ).sum()
 
 
 def rank_of_eigenvalues(eigenvalues: Tensor, spectrum: Spectrum) -> float:
     """Effective rank of squared singular values."""
     entropy = _spectral_entropy_of_eigenvalues(eigenvalues, spectrum)
     return float(_effective_rank_of_entropy(entropy, len(eigenvalues)))
-
-
-@dataclass
-class MeasuringPlan:
-    """Which steps to measure: those right before a reading that together fill the window.
-
-    Args:
-        window: number of rows wanted.
-        every_n_steps: a reading after every so many steps; None means none within an epoch.
-        epoch_end: a reading at the end of each epoch.
-    """
-
-    window: int
-    every_n_steps: int | None
-    epoch_end: bool
-
-    def reads_after(self, step: int) -> bool:
-        """Whether a reading follows this step (counted from 0) within the epoch."""
-        return self.every_n_steps is not None and (step + 1) % self.every_n_steps == 0
-
-    def measures(self, step: int, left_in_epoch: float, rows_per_step: int) -> bool:
-        """Whether to measure this step, of which ``left_in_epoch`` more follow in the epoch."""
-        distance = left_in_epoch if self.epoch_end else math.inf
-        if self.every_n_steps is None and left_in_epoch == math.inf:
-            return True  # the end of the epoch comes unannounced
-        if self.every_n_steps is not None:
-            distance = min(distance, -(step + 1) % self.every_n_steps)
-        return distance * rows_per_step < self.window
 
 
 @dataclass(frozen=True)
@@ -148,22 +137,22 @@ class DimensionMonitor(TappingCallback):
         self.feed = Feed(representation, embedding, pool)
         self.spectrum: Spectrum = spectrum
         self.center = center
-        self.plan = MeasuringPlan(window, every_n_steps, epoch_end=True)
+        self.every_n_steps = every_n_steps
+        self.pending = PendingSteps(window)
         self.recent_r = RecentRows(window, center=center)
         self.recent_z = RecentRows(window, center=center)
         self.spectra: list[tuple[int, Tensor, Tensor]] = []
         self._step = 0
         self._global_step = 0
-        self._rows_per_step = 0
-        self._left = math.inf
-        self._measuring = False
         self._silent = False
+        self._has_read = False
+        self._first_z: Tensor | None = None  # until its size and spread are asked of all processes
         self._information = torch.zeros(())  # sum over the epoch's measured steps, nats
         self._measured = 0
         self._log_n = 0.0
         self._keep_every = 1
         self.guard = FiniteGuard()
-        self.finite = True  # R and Z of the last step that was to be measured
+        self.finite = True  # R and Z of the steps before the last reading
         self._since = (torch.zeros(()), 0)  # as the two above, since the last reading
         self.first_z = (0.0, 0.0)  # size and spread of Z in the first step that was read
         self._due: tuple[int, Tensor, int] | None = None  # a reading nobody asked for yet
@@ -233,95 +222,98 @@ class DimensionMonitor(TappingCallback):
 
     # One training step.
 
-    def _plans(self) -> list[MeasuringPlan]:
-        return [self.plan]
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for R and Z if this step is one to measure."""
+        """Ask for R and Z."""
         self._global_step = trainer.global_step
-        self._left = trainer.num_training_batches - 1 - batch_idx
-        if trainer.is_last_batch:
-            self._left = 0  # of a stream the fetcher sees the end one batch ahead
-        if trainer.max_steps >= 0:
-            # By hand, a module may step several optimizers in one batch.
-            steps_a_batch = (
-                1 if pl_module.automatic_optimization else max(1, trainer.global_step // (self._step or 1))
-            )
-            steps = (trainer.max_steps - trainer.global_step) // steps_a_batch
-            accumulated = trainer.accumulate_grad_batches
-            self._left = min(self._left, steps * accumulated - batch_idx % accumulated - 1)
-        # While the rows of a step are unknown (0) every plan says yes: the first step is read to count them.
-        self._measuring = not self._silent and any(
-            plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()
-        )
         self._record()
 
     def _record(self) -> None:
-        self.feed.record(self._measuring)
+        self.feed.record(not self._silent)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in R and Z of a measured step."""
-        skipped = pl_module.automatic_optimization and not outputs  # training_step returned None
-        if self._measuring and not skipped:
-            guard = getattr(pl_module, "guard", None)
-            if isinstance(guard, FiniteGuard):
-                guard.check()
-            may_go_on = not (self.alters_loss or isinstance(guard, FiniteGuard))
-            try:
-                r_views, z_views = self._read(batch, outputs)
-            except NotCalledError:
-                # Once it has been read, a submodule may rest in some steps.
-                if self._rows_per_step == 0 or not may_go_on:
-                    raise
-                r_views, z_views = [], []
-            if r_views and self._all_finite([*r_views, *z_views], may_go_on):
-                if self._rows_per_step == 0:
-                    self._rows_per_step = sum(map(len, r_views)) * world_size()
-                    self.first_z = size_and_spread(torch.cat(z_views))
-                if any(plan.measures(self._step, self._left, self._rows_per_step) for plan in self._plans()):
-                    self._measure(r_views, z_views)
-            if self.plan.reads_after(self._step):
+        """Take in R and Z; they are measured if a reading follows soon enough."""
+        if not self._silent:
+            # Any step may be the last of its epoch: of a stream, by a limit of time, where somebody stops it.
+            self._hold(self._step_of(pl_module, batch, outputs))
+            if (self._step + 1) % self.every_n_steps == 0:
+                self._measure(pl_module)
                 self.recent_r.close()
                 self.recent_z.close()
                 self._close_reading(trainer.global_step)
         self.feed.release()
         self._step += 1
 
+    def _may_go_on(self, module: LightningModule) -> bool:
+        """Whether a NaN or infinity is left out, since the model is somebody else's business."""
+        return not (self.alters_loss or isinstance(getattr(module, "guard", None), FiniteGuard))
+
+    def _step_of(self, module: LightningModule, batch: Any, outputs: Any) -> Step:
+        """R and Z of the step, none where it has none."""
+        none = torch.zeros(0, 0, device=module.device)
+        nothing = Step(self._global_step, none, none, first=0)
+        if module.automatic_optimization and not outputs:
+            return nothing  # training_step returned None
+        try:
+            r_views, z_views = self._read(batch, outputs)
+        except NotCalledError:
+            # Once it has been read, a submodule may rest in some steps.
+            if not self._has_read or not self._may_go_on(module):
+                raise
+            return nothing
+        step = Step.of(self._global_step, r_views, z_views, *self._more(len(r_views), batch, outputs))
+        if not self._has_read:
+            self._has_read, self._first_z = True, step.z
+        return step
+
     def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
         """Views of R and of Z, detached."""
         return [[x.detach() for x in views.rows] for views in self.feed.read(batch, outputs)]
 
-    def _all_finite(self, outputs: list[Tensor], may_go_on: bool) -> bool:
-        """Whether no process has a NaN or infinity in R or Z."""
-        bad = torch.stack([~torch.isfinite(x).all() for x in outputs]).any().int()
-        if world_size() > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        finite = not bad
-        if not finite and not may_go_on and self.guard.raises:
-            raise NonFiniteError(self._global_step)
-        if not finite and self.finite and self.guard.raises:
-            rank_zero_warn(
-                f"R or Z holds a NaN or infinity at step {self._global_step}; such steps are not measured"
-            )
-        self.finite = finite
-        return finite
+    def _more(self, views: int, batch: Any, outputs: Any) -> tuple[Tensor, ...]:
+        """What else to know of a step once it is measured."""
+        return ()
+
+    def _hold(self, step: Step) -> None:
+        """Keep the step until the next reading."""
+        self.pending.add(step)
 
     @torch.no_grad()
-    def _measure(self, r_views: list[Tensor], z_views: list[Tensor]) -> None:
-        r, z = torch.cat(r_views), torch.cat(z_views)
-        self.recent_r.update(r)
-        self.recent_z.update(z)
-        r, z = gather_rows(r.float(), z.float())
-        self._rows_per_step = len(r)
-        information = matrix_mutual_information(r, z)
-        self._information = self._information.to(r.device) + information
-        self._measured += 1
-        self._since = (self._since[0].to(r.device) + information, self._since[1] + 1)
-        self._log_n = max(self._log_n, math.log(len(r)))
+    def _measure(self, module: LightningModule) -> list[Measured]:
+        """Measure the steps that are due, on all processes together."""
+        guard = getattr(module, "guard", None)
+        if isinstance(guard, FiniteGuard):
+            guard.check()
+        steps, bad = self.pending.take(module.device)
+        if bad is not None and self.guard.raises:
+            if not self._may_go_on(module):
+                raise NonFiniteError(bad)
+            if self.finite:
+                rank_zero_warn(f"R or Z holds a NaN or infinity at step {bad}; such steps are not measured")
+        if steps or bad is not None:
+            self.finite = bad is None
+        if not steps:
+            return steps
+        self._look_at_first_z()
+        rows = sum(sum(measured.counts) for measured in steps)
+        self.recent_r.update(torch.cat([measured.step.r for measured in steps]), rows)
+        self.recent_z.update(torch.cat([measured.step.z for measured in steps]), rows)
+        self._log_n = max(self._log_n, *(math.log(sum(measured.counts)) for measured in steps))
+        information = _information(steps)
+        self._information = self._information.to(module.device) + information
+        self._since = (self._since[0].to(module.device) + information, self._since[1] + len(steps))
+        self._measured += len(steps)
+        return steps
+
+    def _look_at_first_z(self) -> None:
+        if self._first_z is not None:
+            size, spread = size_and_spread(self._first_z)
+            if math.isfinite(size):
+                self.first_z = (size, spread)
+            self._first_z = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's mean."""
@@ -330,7 +322,10 @@ class DimensionMonitor(TappingCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured in this epoch."""
         self.feed.release()  # a step that was begun and left out
-        if self._silent or not self._measured:
+        if self._silent:
+            return
+        self._measure(pl_module)
+        if not self._measured:
             return
         self._close_reading(trainer.global_step)
         eigenvalues_r = self.recent_r.read()[0]
@@ -373,15 +368,17 @@ class DimensionMonitor(TappingCallback):
     # Checkpoint.
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, recent rows and spectra."""
+        """Step, recent rows and spectra; all processes must ask together."""
+        self._look_at_first_z()
         return {
             "step": self._step,
             "information": float(self._information),
             "measured": self._measured,
             "log_n": self._log_n,
             "since": [float(self._since[0]), self._since[1]],
-            "rows_per_step": self._rows_per_step,
+            "has_read": self._has_read,
             "first_z": list(self.first_z),
+            "pending": self.pending.state_dict(),
             "recent_r": self.recent_r.state_dict(),
             "recent_z": self.recent_z.state_dict(),
             "spectra": self.spectra,
@@ -397,9 +394,11 @@ class DimensionMonitor(TappingCallback):
         information, measured = state_dict.get("since", (0.0, 0))
         self._since = (torch.tensor(information), measured)
         self._due = self._reading = None
-        self._rows_per_step = state_dict["rows_per_step"]
+        self._has_read = bool(state_dict.get("has_read", state_dict.get("rows_per_step")))
         size, spread = state_dict.get("first_z", (0.0, 0.0))
         self.first_z = (size, spread)
+        self._first_z = None
+        self.pending.load_state_dict(state_dict.get("pending", []))
         self.recent_r.load_state_dict(state_dict["recent_r"])
         self.recent_z.load_state_dict(state_dict["recent_z"])
         self.spectra = state_dict["spectra"]

@@ -14,10 +14,10 @@ from torch import distributed as dist
 from adadim_lightning.callbacks.labels import Labels
 from adadim_lightning.callbacks.probing import OnlineProbe
 from adadim_lightning.distributed import (
-    gather_rows,
     gather_uneven_rows,
     of_all_processes,
     rank,
+    rows_of_all_processes,
     training_progress,
     training_steps,
     world_size,
@@ -172,7 +172,8 @@ class OnlineLinearProbe(OnlineProbe):
             known.sum().to(r.dtype)[None],
             labels.max().to(r.dtype)[None] if len(labels) else r.new_full((1,), -1),
         )
-        means, squares, counts, labeled, largest = gather_rows(*(x[None] for x in parts))
+        everyone = rows_of_all_processes(torch.cat(parts))
+        means, squares, counts, labeled, largest = torch.split(everyone, [len(x) for x in parts], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
         square = (squares + counts * (means - mean).square()).sum(0)

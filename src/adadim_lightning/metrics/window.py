@@ -1,17 +1,181 @@
-"""Effective rank of the most recent rows."""
+"""The most recent training steps, and the effective rank of their rows."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adadim_lightning.distributed import of_all_processes, rank, world_size
+from adadim_lightning.distributed import (
+    of_all_processes,
+    rank,
+    rows_of_all_processes,
+    world_size,
+)
 from adadim_lightning.functional._numeric import to_float64
 from adadim_lightning.metrics.effective_rank import EffectiveRank
 
 STATES = ("rows", "keys", "seen", "count", "mean", "scatter")
+
+
+class Step(NamedTuple):
+    """What this process has of one training step; no rows where the step had none that could be read.
+
+    Attributes:
+        number: of optimizer steps before it.
+        r: rows of R, shape ``(V * N, d_R)`` for V views.
+        z: rows of Z, shape ``(V * N, d_Z)``.
+        first: rows of the first view, N.
+        more: what else its reader wants to know of the step.
+    """
+
+    number: int
+    r: Tensor
+    z: Tensor
+    first: int
+    more: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, number: int, r: Sequence[Tensor], z: Sequence[Tensor], *more: Tensor) -> "Step":
+        """That of detached rows ``(N, d)`` of each view, which nobody else changes."""
+        return cls(number, _stacked(r), _stacked(z), len(z[0]), more)
+
+    def views(self) -> tuple[list[Tensor], list[Tensor]]:
+        """R and Z of each view."""
+        return list(torch.split(self.r, self.first)), list(torch.split(self.z, self.first))
+
+    def to(self, device: torch.device) -> "Step":
+        """The same on a device."""
+        more = tuple(x.to(device) for x in self.more)
+        return self._replace(r=self.r.to(device), z=self.z.to(device), more=more)
+
+
+def _stacked(views: Sequence[Tensor]) -> Tensor:
+    """The views one below the other; without a copy where they are the whole of one piece of memory."""
+    storage, width, begin = views[0].untyped_storage(), views[0].shape[1], 0
+    for x in views:
+        if not x.is_contiguous() or x.data_ptr() != storage.data_ptr() + begin:
+            return torch.cat(list(views))
+        begin += x.nbytes
+    if begin != storage.nbytes():
+        return torch.cat(list(views))
+    return views[0].as_strided((sum(map(len, views)), width), (width, 1))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step that all processes can read.
+
+    Attributes:
+        step: what this process has of it.
+        counts: rows of each process.
+    """
+
+    step: Step
+    counts: list[int]
+
+    @property
+    def images(self) -> list[int]:
+        """Images of each process."""
+        return [n * self.step.first // len(self.step.z) for n in self.counts]
+
+
+class PendingSteps:
+    """The steps since the last reading, the newest that fill a window: nobody knows when an epoch ends.
+
+    Args:
+        window: number of rows, over all processes together.
+        first_view: count, and want, the rows of the first view alone.
+    """
+
+    def __init__(self, window: int, *, first_view: bool = False) -> None:
+        self.window = window
+        self.first_view = first_view
+        self._steps: deque[Step] = deque()
+        self._rows = 0  # of this process
+
+    def _rows_of(self, step: Step) -> int:
+        return step.first if self.first_view else len(step.z)
+
+    def add(self, step: Step) -> None:
+        """Add a step, and let go of those that the younger ones make superfluous."""
+        self._steps.append(step)
+        self._rows += self._rows_of(step)
+        # If processes have different numbers of rows, all of them let go of what one does not have any more.
+        while (self._rows - self._rows_of(self._steps[0])) * world_size() >= self.window:
+            self._rows -= self._rows_of(self._steps.popleft())
+
+    def take(self, device: torch.device) -> tuple[list[Measured], int | None]:
+        """The steps that a reading is made of, the oldest first; all processes must call this together.
+
+        Args:
+            device: of the training; after a resume, the steps are on the CPU.
+
+        Returns:
+            Those that every process has, with finite rows; and the number of the first with a NaN or an infinity.
+        """
+        steps = [step.to(device) for step in self._steps]
+        self._steps.clear()
+        self._rows = 0
+        if world_size() > 1:
+            lengths = rows_of_all_processes(torch.tensor(len(steps), device=device))
+            steps = steps[len(steps) - int(lengths.min()) :]
+        if not steps:
+            return [], None
+        finite = torch.stack([torch.isfinite(x).all() for step in steps for x in (step.r, step.z)])
+        counts = torch.tensor([len(step.z) for step in steps], device=device)
+        told = torch.stack([counts, finite.view(-1, 2).all(dim=1).long()], dim=1)
+        everyone = rows_of_all_processes(told).transpose(0, 1).tolist()
+        found: list[Measured] = []
+        rows, bad = 0, None
+        for step, of_step in zip(reversed(steps), reversed(everyone), strict=True):
+            counts_of_step = [n for n, _ in of_step]
+            if not all(is_finite for _, is_finite in of_step):
+                bad = step.number
+            elif all(counts_of_step) and rows < self.window:
+                found.insert(0, Measured(step, counts_of_step))
+                rows += sum(found[0].images if self.first_view else counts_of_step)
+        return found, bad
+
+    def state_dict(self) -> list[list[tuple[Any, ...]]]:
+        """The steps of all processes, for a checkpoint; every process must call this."""
+        return of_all_processes([tuple(step.to(torch.device("cpu"))) for step in self._steps])
+
+    def load_state_dict(self, state: Sequence[Sequence[Sequence[Any]]]) -> None:
+        """Go on from :meth:`state_dict`, with as many processes or others."""
+        self._steps.clear()
+        self._rows = 0
+        processes = [[Step(*step) for step in steps] for steps in state]
+        own = [] if not processes else processes[rank()] if len(processes) == world_size() else _dealt(processes)
+        for step in own:
+            self.add(step)
+
+
+def _dealt(processes: Sequence[Sequence[Step]]) -> list[Step]:
+    """What this process takes of steps that other numbers of processes had: of each view its share of the rows."""
+    shortest = min(map(len, processes))
+    steps = []
+    for parts in zip(*(steps[len(steps) - shortest :] for steps in processes), strict=True):
+        if not all(len(step.z) for step in parts):
+            steps.append(parts[0]._replace(r=parts[0].r[:0], z=parts[0].z[:0], first=0, more=()))
+            continue
+        views = [step.views() for step in parts]
+        r, z = (
+            [_share(torch.cat(of_view)) for of_view in zip(*(x[i] for x in views), strict=True)] for i in (0, 1)
+        )
+        more = tuple(
+            torch.stack(found).mean() if found[0].ndim == 0 else _share(torch.cat(found))
+            for found in zip(*(step.more for step in parts), strict=True)
+        )
+        steps.append(Step(parts[0].number, torch.cat(r), torch.cat(z), len(z[0]), more))
+    return steps
+
+
+def _share(rows: Tensor) -> Tensor:
+    return rows.tensor_split(world_size())[rank()]
 
 
 class RecentRows:
@@ -31,12 +195,18 @@ class RecentRows:
         self._opened = 0
         self._chunks: list[EffectiveRank] = []
         self._rows: list[int] = []  # of all processes, in each chunk that has ended
+        self._open_rows = 0  # likewise, in the chunk that has not
         self._open: EffectiveRank | None = None
         self._last_read: tuple[Tensor, int, int] | None = None
         self._mean: Tensor | None = None  # of the rows that were last read
 
-    def update(self, x: Tensor) -> None:
-        """Add the rows of one step, shape ``(N, d)``."""
+    def update(self, x: Tensor, rows: int | None = None) -> None:
+        """Add rows.
+
+        Args:
+            x: those of this process, shape ``(N, d)``.
+            rows: their number over all processes; by default each has as many.
+        """
         self._last_read = None
         for chunk in self._chunks:
             if chunk.device != x.device:  # a checkpoint is read on the CPU
@@ -47,6 +217,7 @@ class RecentRows:
             self._opened += 1
             self._chunks.append(self._open)
         self._open.update(x)
+        self._open_rows += len(x) * world_size() if rows is None else rows
 
     @property
     def empty(self) -> bool:
@@ -56,8 +227,8 @@ class RecentRows:
     def close(self) -> None:
         """End the chunk, and let go of those that the younger ones make superfluous."""
         if self._open is not None:
-            self._rows.append(self._open.num_rows * world_size())
-            self._open = None
+            self._rows.append(self._open_rows)
+            self._open, self._open_rows = None, 0
         while sum(self._rows[1:]) >= self.window:
             self._rows.pop(0)
             self._chunks.pop(0)
@@ -111,10 +282,9 @@ class RecentRows:
         first = self._opened - len(chunks)
         self._chunks = [self._restore(seed, parts) for seed, parts in enumerate(chunks, start=first)]
         self._rows = [sum(int(values["seen"]) for values in parts) for parts in chunks]
-        self._open = None
+        self._open, self._open_rows = None, 0
         if state["open"] and len(processes) == world_size():
-            self._rows.pop()
-            self._open = self._chunks[-1]
+            self._open, self._open_rows = self._chunks[-1], self._rows.pop()
 
     def _restore(self, seed: int, parts: Sequence[dict[str, Any]]) -> EffectiveRank:
         """A chunk with what this process takes of the parts that the processes had."""
