@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -24,7 +24,8 @@ from torch.utils.data import IterableDataset
 from torchmetrics import MeanMetric
 
 from adadim_lightning import AdaDim, AdaDimLoss, Balance, EffectiveRankSchedule, OnlineKNN, OnlineLinearProbe
-from adadim_lightning.callbacks import RunCheckpoints
+from adadim_lightning.callbacks import DynamicsPlot, RunCheckpoints
+from adadim_lightning.callbacks.continuing import row_of_epoch
 from adadim_lightning.callbacks.progress import EpochLines
 from adadim_lightning.data import ImageData
 from tests.helpers import (
@@ -32,6 +33,7 @@ from tests.helpers import (
     all_digits,
     assert_same_weights,
     fit,
+    fixed_batches,
     some_digits,
     tiny_module,
     trainer,
@@ -515,3 +517,28 @@ def test_a_signal_writes_a_checkpoint_before_it_reaches_who_listened_before(
         signal.signal(number, before)
     assert heard == [(number, True)]
     assert written(tmp_path) == expected
+
+
+class EverySecond(Callback):
+    """Logs in the training of each second epoch; in the first, and between them, nothing."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch % 2:
+            pl_module.log("mine", float(trainer.current_epoch), on_step=False, on_epoch=True, batch_size=1)
+
+
+def test_what_an_epoch_did_not_log_is_not_taken_from_the_one_before(tmp_path: Path) -> None:
+    plot, lines, rows = DynamicsPlot(tmp_path / "plot"), EpochLines(), []
+
+    class Rows(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            rows.append(row_of_epoch(trainer))
+
+    used = trainer(EverySecond(), plot, lines, RunCheckpoints(tmp_path), Rows(), max_epochs=4)
+    used.fit(tiny_module(), fixed_batches(2))
+    assert [row.get("mine") for row in rows] == [None, 1.0, None, 3.0]
+    mine = plot.history["mine"]
+    assert [x if x == x else None for x in mine + [float("nan")] * (4 - len(mine))] == [None, 1.0, None, 3.0]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]

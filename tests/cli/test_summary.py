@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from adadim_lightning.cli.summary import print_report
+from adadim_lightning.cli.summary import Logged, print_report
 from adadim_lightning.cli.sweep_report import hydra_argument, print_line, print_sweep
 
 BIN = Path(sys.executable).parent
@@ -111,7 +111,7 @@ def test_the_shorter_path_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_missing_metric_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(tmp_path, {}, {}, {}, missing="probe/no_[such]")
+    print_report(tmp_path, Logged({}), {}, missing="probe/no_[such]")
     assert "optimized_metric probe/no_[such] was not logged" in capsys.readouterr().out
 
 
@@ -202,3 +202,30 @@ def test_the_report_of_a_sweep_loads_no_torch_and_outlives_its_reader() -> None:
     process.stdout.close()  # before anything is written
     process.communicate(b"")
     assert process.returncode == 10
+
+
+def test_an_epoch_without_a_value_has_not_that_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "dynamics/ER_R,dynamics/ER_Z,epoch,loss/total,probe/knn_top1,step\n"
+        ",,0,4.5,,9\n"
+        "7.5,3.25,1,,,19\n"
+        ",,1,3.5,0.25,19\n"
+        "6.5,,2,2.5,,29\n"
+    )
+    logged = Logged.read(tmp_path / "metrics.csv")
+    assert logged.last == {
+        "dynamics/ER_R": 6.5,
+        "dynamics/ER_Z": 3.25,
+        "loss/total": 2.5,
+        "probe/knn_top1": 0.25,
+    }
+    print_report(tmp_path, logged, {})
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["ER(R)"][-2:] == ["-", "6.500"]
+    assert rows["ER(Z)"] == ["-", "3.250", "(epoch", "2)"]
+    assert rows["loss"][-2:] == ["4.500", "2.500"]
+    assert rows["online kNN"] == ["-", "0.250", "(epoch", "2)"]
+    print_report(tmp_path, Logged.read(tmp_path / "missing.csv"), {})
+    assert "first epoch" not in capsys.readouterr().out

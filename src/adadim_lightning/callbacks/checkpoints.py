@@ -28,6 +28,7 @@ from adadim_lightning.callbacks.continuing import (
     conclude_epoch,
     logged_so_far,
     metrics_so_far,
+    note_epoch,
     random_state,
     row_of_epoch,
     set_metrics,
@@ -194,6 +195,10 @@ class RunCheckpoints(Checkpoint):
                 self._save(trainer)
             self._hand_on(trainer, signals)
         self._put_off = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the epoch's values from those before it."""
+        note_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,9 +31,23 @@ def conclude_epoch(loop: dict[str, Any]) -> None:
         count["completed"] = count["processed"]
 
 
+_at_start: WeakKeyDictionary[Trainer, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def note_epoch(trainer: Trainer) -> None:
+    """Note at the start of an epoch what is there already: Lightning keeps values until newer ones come."""
+    _at_start[trainer] = dict(trainer.callback_metrics)
+
+
+def figures_of_epoch(trainer: Trainer) -> dict[str, Tensor]:
+    """Return what was logged since :func:`note_epoch`; an epoch without a value has not that of another."""
+    before = _at_start.get(trainer, {})
+    return {key: value for key, value in trainer.callback_metrics.items() if value is not before.get(key)}
+
+
 def row_of_epoch(trainer: Trainer) -> dict[str, float]:
-    """What the epoch that has just ended logged, with its ``epoch`` and ``step``."""
-    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    """Return what the epoch that has just ended logged, with its ``epoch`` and ``step``."""
+    values = {key: float(value) for key, value in figures_of_epoch(trainer).items()}
     return values | {"epoch": epochs_ended(trainer) - 1, "step": trainer.global_step - 1}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from adadim_lightning.callbacks.continuing import figures_of_epoch, note_epoch
 from adadim_lightning.callbacks.monitor import DimensionMonitor
 
 
@@ -31,10 +32,14 @@ class DynamicsPlot(Callback):
         self.dirpath = dirpath
         self.history: dict[str, list[float]] = {}
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the epoch's values from those before it."""
+        note_epoch(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch's logged values."""
         epochs = len(self.history.setdefault("epoch", []))
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        values = {key: float(value) for key, value in figures_of_epoch(trainer).items()}
         values |= {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step - 1)}
         for key, value in values.items():
             column = self.history.setdefault(key, [])

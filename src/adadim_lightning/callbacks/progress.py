@@ -20,10 +20,12 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 
 from adadim_lightning.callbacks.adadim import AdaDim
+from adadim_lightning.callbacks.continuing import figures_of_epoch, note_epoch
 from adadim_lightning.distributed import training_progress, training_steps, world_size
 
 SHOWN = {"balance/alpha": "alpha", "dynamics/H_R": "H(R)", "dynamics/I_RZ": "I(R;Z)"}
 RATE = "throughput/images_per_second"
+FOLLOWED = ("balance/alpha", RATE)  # step by step, the others at the end of each epoch
 GAP = 2  # columns between two figures
 
 
@@ -133,7 +135,7 @@ def _figure(name: str, value: float, digits: int) -> str:
 
 def _read(trainer: Trainer) -> dict[str, float]:
     """The epoch's figures; on a device each reading waits for it."""
-    values = trainer.callback_metrics
+    values = figures_of_epoch(trainer)
     return {key: float(values[key]) for key in (*SHOWN, RATE) if key in values}
 
 
@@ -181,6 +183,7 @@ class EpochBar(ProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar anew."""
+        note_epoch(trainer)
         self._label, self._done, self._batches = _epoch(trainer), 0, trainer.num_training_batches
 
     def on_train_batch_end(
@@ -198,7 +201,7 @@ class EpochBar(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the figures."""
         self._left.epoch_ended(self._done)
-        self._figures |= _read(trainer)
+        self._figures = {key: x for key, x in self._figures.items() if key in FOLLOWED} | _read(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the line, with the time that it took."""
@@ -267,6 +270,10 @@ class EpochLines(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._left = TimeLeft(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the epoch's figures from those before it."""
+        note_epoch(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

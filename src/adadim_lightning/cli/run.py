@@ -33,7 +33,7 @@ from adadim_lightning.cli.closing import evaluate_backbones
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.resume import Past, find_past
-from adadim_lightning.cli.summary import Figures, print_report, read_metrics, write_summary
+from adadim_lightning.cli.summary import Figures, Logged, print_report, write_summary
 from adadim_lightning.cli.sweep import Job
 from adadim_lightning.cli.sweep_report import print_line
 from adadim_lightning.cli.versions import versions
@@ -143,8 +143,8 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
         say_stopped(folder, run.epochs)
         sys.exit(TERMINATED if terminated else INTERRUPTED)
     finally:
-        first, last = read_metrics(folder / "metrics.csv")
-        values = last | run.evaluation
+        logged = Logged.read(folder / "metrics.csv")
+        values = logged.last | run.evaluation
         summary |= {
             "epochs": run.epochs or summary["epochs"],
             "seconds": round(time.perf_counter() - start, 2),
@@ -156,7 +156,7 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
     missing = None if run.optimized_metric in values else run.optimized_metric
     with carry_on_without_output():
         if job is None:
-            print_report(folder, first, last, run.evaluation, missing=missing)
+            print_report(folder, logged, run.evaluation, missing=missing)
         else:
             print_line(folder, summary | values)
     return values.get(run.optimized_metric)

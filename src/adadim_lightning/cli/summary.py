@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,34 @@ ROWS = {
 }
 
 
-def read_metrics(path: Path) -> tuple[Figures, Figures]:
-    """First and last value of each column of a ``metrics.csv``; both empty where there is no such file."""
-    first: Figures = {}
-    last: Figures = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for key, text in row.items():
-                    if text and key not in ("epoch", "step"):
-                        first.setdefault(key, float(text))
-                        last[key] = float(text)
-    return first, last
+@dataclass(frozen=True)
+class Logged:
+    """What a run logged.
+
+    Attributes:
+        epochs: values of each epoch by log name, in the order of the epochs.
+    """
+
+    epochs: dict[int, Figures]
+
+    @classmethod
+    def read(cls, path: Path) -> "Logged":
+        """Read a ``metrics.csv``; where there is no such file, nothing was logged."""
+        epochs: dict[int, Figures] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    values = {key: float(x) for key, x in row.items() if x and key not in ("epoch", "step")}
+                    epochs.setdefault(int(row["epoch"]), {}).update(values)
+        return cls(dict(sorted(epochs.items())))
+
+    @property
+    def last(self) -> Figures:
+        """Last value under each log name."""
+        last: Figures = {}
+        for values in self.epochs.values():
+            last |= values
+        return last
 
 
 @rank_zero_only
@@ -61,19 +78,16 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def print_report(
-    folder: Path, first: Figures, last: Figures, evaluation: Figures, *, missing: str | None = None
-) -> None:
+def print_report(folder: Path, logged: Logged, evaluation: Figures, *, missing: str | None = None) -> None:
     """Print what the run did, on one screen of 80 x 24, and what to do next.
 
     Args:
         folder: of the run.
-        first: first value under each log name.
-        last: last value under each log name.
+        logged: by the run.
         evaluation: scores of the closing evaluation.
         missing: an optimized metric that was not logged.
     """
-    tables = [_training(first, last)] if set(ROWS) & set(last) else []
+    tables = [] if set(ROWS).isdisjoint(logged.last) else [_training(logged)]
     if evaluation:
         tables.append(_evaluation(evaluation))
     with screen() as console:
@@ -86,13 +100,19 @@ def print_report(
             console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def _training(first: Figures, last: Figures) -> Table:
+def _training(logged: Logged) -> Table:
     table = Table("", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("first epoch", justify="right")
     table.add_column("last epoch", justify="right")
+    first, last = min(logged.epochs), max(logged.epochs)
     for key, label in ROWS.items():
-        if key in last:
-            table.add_row(escape(label), _figure(first[key]), _figure(last[key]))
+        having = [epoch for epoch, values in logged.epochs.items() if key in values]
+        if having:
+            begin = _figure(logged.epochs[first][key]) if having[0] == first else "-"
+            end = _figure(logged.epochs[having[-1]][key]) + (
+                "" if having[-1] == last else f" (epoch {having[-1] + 1})"
+            )
+            table.add_row(escape(label), begin, end)
     return table
 
 
