@@ -16,6 +16,8 @@ class EpochMeans:
     entries of one vector, to which the further steps add theirs at once. Whoever takes the sums away, at the end
     of an epoch or to put back those of a checkpoint, is noticed, and the next step goes through Lightning again.
 
+    An optimizer such as L-BFGS or SAM runs a step several times: the last run counts, in place of those before it.
+
     Example:
         >>> EpochMeans().add(LightningModule(), {}, weight=1)
     """
@@ -25,36 +27,51 @@ class EpochMeans:
         self._names: tuple[str, ...] = ()
         self._results: Any = None  # where Lightning keeps them
         self._sums = self._weights = torch.zeros(0)
+        self._step: tuple[object, Tensor, int] | None = None  # the last one, what it added, and its weight
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(EpochMeans())  # the sums are those of this process
 
     @torch.no_grad()
-    def add(self, module: LightningModule, values: Mapping[str, Tensor], *, weight: int) -> None:
+    def add(
+        self, module: LightningModule, values: Mapping[str, Tensor], *, weight: int, step: object = None
+    ) -> None:
         """Take in the values of a step; to be called where the module may log.
 
         Args:
             module: logs them.
             values: scalars by log name.
             weight: of the step, such as its number of images.
+            step: tells one step from another; by default the number of the batch.
         """
         trainer = module._trainer
-        if trainer is not None and self._holds(trainer, tuple(values)):
-            self._sums += torch.stack([value.to(self._sums) for value in values.values()]) * weight
+        if step is None and trainer is not None:
+            step = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if trainer is not None and self._holds(trainer, tuple(values), step):
+            own = torch.stack([value.to(self._sums) for value in values.values()]) * weight
+            if self._step is not None and self._step[0] == step:
+                self._sums -= self._step[1]
+                self._weights -= self._step[2]
+            self._sums += own
             self._weights += weight
+            self._step = step, own, weight
             for metric, _, _ in self._adopted:
                 metric._computed = None
         else:
             module.log_dict(values, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
             self._adopt(module, tuple(values))
+            if self._adopted:
+                own = torch.stack([value.to(self._sums) for value in values.values()]) * weight
+                self._step = step, own, weight
 
-    def _holds(self, trainer: Any, names: tuple[str, ...]) -> bool:
+    def _holds(self, trainer: Any, names: tuple[str, ...], step: object) -> bool:
         """Whether this trainer still reads the sums from here."""
         return (
             bool(self._adopted)
             and names == self._names
             and trainer.fit_loop.epoch_loop._results is self._results
-            and not trainer._logger_connector._first_loop_iter  # when Lightning forgets what an earlier fit left
+            # In the first step, Lightning forgets what an earlier fit left; its further runs find their own.
+            and (not trainer._logger_connector._first_loop_iter or (self._step or (None,))[0] == step)
             and all(
                 metric.value is value and metric.cumulated_batch_size is weight and not metric.has_reset
                 for metric, value, weight in self._adopted

@@ -55,6 +55,13 @@ def _size(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     return 0
 
 
+def _first_rows(inputs: tuple[Any, ...]) -> Tensor | None:
+    for x in inputs:  # no generator: compilers trace the hook, and older ones cannot trace that
+        if isinstance(x, Tensor) and x.ndim >= 2:
+            return x.detach()
+    return None
+
+
 class Tap:
     """Records the outputs of one submodule by a forward hook.
 
@@ -144,8 +151,9 @@ class Tap:
         if self._recording and not _in_backward():
             copy = _copy(output, self._graph)
             original = output if self._graph else None
-            given = next((x.detach() for x in inputs if isinstance(x, Tensor) and x.ndim >= 2), None)
-            self._calls.append(Call(copy, original, _size(inputs, named), torch.is_grad_enabled(), given))
+            self._calls.append(
+                Call(copy, original, _size(inputs, named), torch.is_grad_enabled(), _first_rows(inputs))
+            )
 
     def read(self) -> list[Call]:
         """The calls of the step: those of the student, where the submodule was called with and without gradients.

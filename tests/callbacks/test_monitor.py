@@ -421,7 +421,20 @@ def test_of_an_optimizer_that_runs_the_step_several_times_the_last_run_counts_on
     options = {"native_loss": "other"} if steered else {}
     monitor = (AdaDim if steered else DimensionMonitor)("encoder", "projector", window=10_000, **options)
     probe = OnlineKNN("encoder")
+    native: dict[int, list[float]] = {}
+    step = module.training_step
+
+    def noted(batch: Any, batch_idx: int) -> Any:
+        loss = step(batch, batch_idx)
+        native.setdefault(batch_idx, []).append(float(loss))
+        return loss
+
+    module.training_step = noted
     fit(module, fixed_batches(4), monitor, probe, recorder, accumulate_grad_batches=accumulated)
+    if steered:
+        assert any(len(losses) > 1 for losses in native.values())
+        mean = sum(losses[-1] for losses in native.values()) / 4
+        assert recorder.logged[0]["loss/native"] == pytest.approx(mean, rel=1e-4)
     last = [(r[-ROWS:], z[-ROWS:]) for r, z in recorder.steps]
     assert any(len(r) > ROWS for r, _ in recorder.steps)  # the step did run several times
     logged = recorder.logged[0]

@@ -292,11 +292,12 @@ class AdaDim(DimensionMonitor):
         self._log_loss(pl_module, output)
         return output.total
 
-    def _log_loss(self, pl_module: LightningModule, output: ObjectiveOutput) -> None:
+    def _log_loss(self, pl_module: LightningModule, output: ObjectiveOutput, step: object = None) -> None:
         values = {"loss/total": output.total.detach()}
         values |= {f"loss/{name}": value for name, value in output.parts.items()}
         values |= {f"loss_weighted/{name}": value for name, value in output.weighted.items()}
-        self._loss_means.add(pl_module, {self._key(key): value for key, value in values.items()}, weight=1)
+        values = {self._key(key): value for key, value in values.items()}
+        self._loss_means.add(pl_module, values, weight=1, step=step)
 
     def _read(self, batch: Any, outputs: Any) -> list[list[Tensor]]:
         return self._views if self._views is not None else super()._read(batch, outputs)
@@ -350,7 +351,8 @@ class AdaDim(DimensionMonitor):
                 if module.automatic_optimization:
                     native = native * module.trainer.accumulate_grad_batches
                 with torch.no_grad():
-                    self._log_loss(module, self._objective_of(native, *measured.step.views(), momentum))
+                    output = self._objective_of(native, *measured.step.views(), momentum)
+                    self._log_loss(module, output, step=object())
         return steps
 
     def _take_in_balance(self, steps: list[Measured], _: int | None) -> None:
