@@ -36,6 +36,7 @@ from adadim_lightning.cli.resume import Past, find_past
 from adadim_lightning.cli.summary import Figures, Logged, print_report, write_summary
 from adadim_lightning.cli.sweep import Job
 from adadim_lightning.cli.sweep_report import print_line
+from adadim_lightning.cli.termination import TERMINATED, ends_at_sigterm
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageSet, TwoViews
 from adadim_lightning.models import representation_dim
@@ -43,8 +44,6 @@ from adadim_lightning.module import AdaDimModule
 from adadim_lightning.optim import scale_learning_rate
 from adadim_lightning.run_folder import read_summary
 from adadim_lightning.trust import check_targets
-
-TERMINATED = 143  # as shells number a SIGTERM
 
 
 class DataOnlyCheckpointIO(TorchCheckpointIO):
@@ -122,6 +121,17 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
     write_summary(folder / "summary.json", summary)
     start = time.perf_counter() - summary["seconds"]
     run = Run(config, folder, run_id=summary["run_id"], job=job)
+
+    def last_words() -> None:
+        stopped = {"status": "stopped", "error": "interrupted by SIGTERM", "epochs": run.epochs}
+        write_summary(folder / "summary.json", summary | stopped | read_metrics(folder / "metrics.csv")[1])
+
+    with ends_at_sigterm(lambda: run.trainer, last_words):
+        return _carry_out(run, summary, start, resume=resume)
+
+
+def _carry_out(run: "Run", summary: dict[str, Any], start: float, *, resume: bool) -> float | None:
+    config, folder, job = run.config, run.folder, run.job
     try:
         check_config(config)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
@@ -336,6 +346,8 @@ class Run:
             if self.trainer.received_sigterm:
                 raise SIGTERMException from error
             raise
+        if self.trainer.received_sigterm:  # in the last step
+            raise SIGTERMException
         if self.trainer.global_step == 0:
             raise ValueError("nothing was trained: the limits of the trainer leave no step")
 

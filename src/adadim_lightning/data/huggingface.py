@@ -26,7 +26,6 @@ from adadim_lightning.data.labels import MOST_CLASSES, UNLABELED, Categories
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.pixels import SAMPLED, DeepImage, PixelScale, printable
 from adadim_lightning.data.splits import first_few, hold_out, image_data
-from adadim_lightning.distributed import world_size
 from adadim_lightning.extras import require
 
 LABELS = ("label", "labels", "fine_label", "target", "class", "cls", "y")
@@ -75,7 +74,8 @@ def huggingface(
         labeled: False leaves labels alone.
         held_out: the share that is held out where there is no split for that, but not of a stream.
         streaming: read while training, without a download of the whole; needs ``trainer.max_steps``. Of the
-            split to hold out the first 10,000 images are kept.
+            split to hold out the first 10,000 images are kept. Several processes each read the whole stream and
+            decode their share.
         shuffle_buffer: of a stream, images among which the next is drawn.
         image_size: side of the square that the images are scaled and cut to; None leaves them.
         channels: 1 or 3.
@@ -432,6 +432,11 @@ class _Rows:
         return _encoded(self.table[index].column(self.column)[0].as_py(), self.dtype)
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a row's entry holds no picture."""
+    return value is None or (isinstance(value, dict) and value.get("bytes") is None and value.get("path") is None)
+
+
 def _encoded(value: Any, dtype: str | None = None) -> Encoded:
     """What can be decoded of a row's entry; pixels of a type, if it holds such."""
     if isinstance(value, dict):
@@ -451,8 +456,9 @@ def _encoded(value: Any, dtype: str | None = None) -> Encoded:
 class ImageStream(IterableDataset[Any]):
     """Images that arrive one after another, shuffled within a buffer, each with a label or -1.
 
-    Of several processes, and of their workers, each reads a part of its own, and counts in each epoch what it
-    cannot read.
+    Every loader worker reads files of its own. Every process reads all of them and takes one of as many rows as
+    there are processes, so that all get equally many, however the rows are spread over the files. Each counts in
+    each epoch what it cannot read.
     """
 
     def __init__(
@@ -479,6 +485,7 @@ class ImageStream(IterableDataset[Any]):
         self.max_unreadable = max_unreadable
         # Each worker counts for itself: all have to agree on the order in which the parts are dealt out.
         self.epoch = 0
+        self.share = 0, 1  # rank, and number of processes; workers that were spawned cannot ask for it
         self.unreadable = 0
         self._warned = False
 
@@ -497,33 +504,47 @@ class ImageStream(IterableDataset[Any]):
         if self.shuffle_buffer > 1:
             # Not by set_epoch: workers share that number, and adding to it at once makes it wrong.
             table = table.shuffle(seed=self.epoch, buffer_size=self.shuffle_buffer)
-        if world_size() > 1:
-            from datasets.distributed import split_dataset_by_node
-
-            table = split_dataset_by_node(table, torch.distributed.get_rank(), world_size())
         self.epoch += 1
         self.unreadable = 0
-        return self._decoded(table)
+        return self._decoded(self._dealt(table))
 
-    def _decoded(self, table: Any) -> Iterator[tuple[Tensor, int]]:
-        dtype = _pixel_type(table.features[self.image])
-        for row in table:
+    def _dealt(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """This process's rows, of those with a picture; the last, incomplete round is left out."""
+        rank, processes = self.share
+        dealt: list[Any] = []
+        for row in rows:
+            if _is_empty(row[self.image]):
+                self._leave_out()
+                continue
+            dealt.append(row)
+            if len(dealt) == processes:
+                yield dealt[rank]
+                # Whoever is first is last in the next round: faults may lie at every second row.
+                rank = (rank + 1) % processes
+                dealt = []
+
+    def _leave_out(self) -> None:
+        self.unreadable += 1
+        if self.unreadable > self.max_unreadable:
+            raise UnreadableImagesError(
+                f"{self.unreadable} images of the stream cannot be read, more than max_unreadable="
+                f"{self.max_unreadable}; raise data.max_unreadable, or leave the stream"
+            )
+        if self.unreadable & (self.unreadable - 1) == 0:  # the first, the second, the fourth ...
+            warnings.warn(f"images of the stream cannot be read: {self.unreadable}; left out", stacklevel=1)
+
+    def _decoded(self, rows: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
+        dtype = _pixel_type(self.table.features[self.image])
+        for row in rows:
             try:
                 source = _encoded(row[self.image], dtype)
                 image = decode(source, channels=self.channels, scale=self.scale)
             except Exception as error:
                 if not is_broken(error):
                     raise
-                self.unreadable += 1
-                if self.unreadable > self.max_unreadable:
-                    raise UnreadableImagesError(
-                        f"{self.unreadable} images of the stream cannot be read, more than max_unreadable="
-                        f"{self.max_unreadable}; raise data.max_unreadable, or leave the stream"
-                    ) from None
-                if self.unreadable & (self.unreadable - 1) == 0:  # the first, the second, the fourth ...
-                    warnings.warn(
-                        f"images of the stream cannot be read: {self.unreadable}; left out", stacklevel=1
-                    )
+                image = None
+            if image is None:  # outside of the handler, or the error would be part of the next
+                self._leave_out()
                 continue
             square = image if self.image_size is None else fit_square(image, self.image_size)
             yield pil_to_tensor(square), self._number(row)

@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
 from adadim_lightning.data.labels import MOST_CLASSES
 from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
 from adadim_lightning.data.views import TwoViews
+from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.epochs import epochs_ended, forget_cut_epoch, within_epoch
 from adadim_lightning.functional._numeric import check_integer
 
@@ -35,7 +37,9 @@ class ImageData(LightningDataModule):
 
     Args:
         train: training images, with or without labels; or a stream (``IterableDataset``) of pairs of a uint8
-            image and a label.
+            image and a label. Before each epoch ``epoch`` is set on it if it has that attribute, and
+            ``share = rank, processes`` likewise; what it then yields is up to it. An epoch ends on all processes
+            with the first that has no whole batch left.
         test: held-out images; None where there are none.
         views: makes the two views, and the clean image.
         batch_size: images per step and process; the last, incomplete batch of an epoch is left out.
@@ -85,6 +89,7 @@ class ImageData(LightningDataModule):
         self.title = title
         self._order_seed: int | None = None
         self._resumed: tuple[int, Place] | None = None
+        self._group: dist.ProcessGroup | None = None
         decodes = views.on_host or not isinstance(train, MemoryImages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = (min(cores, 8) if decodes else 0) if num_workers is None else num_workers
@@ -144,6 +149,8 @@ class ImageData(LightningDataModule):
         self._resumed = None
         if self.trainer is not None and stage == "fit":
             forget_cut_epoch(self.trainer)
+            if isinstance(self.train, IterableDataset) and world_size() > 1:
+                self._group = dist.new_group(backend="gloo")
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         if device.type == "cuda" and not self._in_workers():
             for images in (self.train, self.test):
@@ -167,13 +174,19 @@ class ImageData(LightningDataModule):
         self._views_seed = hash((seed, rank)) % 2**63
         source: Shuffled | Streamed
         if isinstance(self.train, IterableDataset):
-            source, order = Streamed(self.train, views, self.batch_size, seed, rank), None
+            source, order = Streamed(self.train, views, self.batch_size, seed, rank, processes), None
         else:
             source = Shuffled(self.train, views, seed)
             order = ShuffledOrder(len(self.train), self.batch_size, processes, rank, repeat=repeat)
         epoch = None if self.trainer is None else lambda: self._place().epoch
         options = self._options(self.train, views)
-        return TrainingLoader(source, order=order, first=first, epoch=epoch, **options)
+        group = None
+        if order is None and processes > 1:
+            group = self._group
+            # Files are dealt out to the workers: all processes have to do so alike, whatever their cores.
+            options["num_workers"] = min(of_all_processes(options["num_workers"]))
+            options["persistent_workers"] &= options["num_workers"] > 0
+        return TrainingLoader(source, order=order, first=first, epoch=epoch, group=group, **options)
 
     def state_dict(self) -> dict[str, int]:
         """The seed, and the next batch to train on."""
@@ -255,6 +268,7 @@ class ImageData(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Say which images could not be read."""
+        self._group = None
         self.report_unreadable()
 
     def report_unreadable(self) -> None:

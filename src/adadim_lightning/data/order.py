@@ -4,14 +4,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from adadim_lightning.data.images import ImageSet
+from adadim_lightning.data.pixels import DataError
 from adadim_lightning.data.views import TwoViews
 
 
@@ -146,16 +148,24 @@ class Streamed(IterableDataset[Any]):
         batch_size: images of a step and process; those that fill no batch are left out.
         seed: of the views.
         rank: of this process.
+        processes: number of processes.
     """
 
     def __init__(
-        self, images: IterableDataset[Any], views: TwoViews | None, batch_size: int, seed: int, rank: int
+        self,
+        images: IterableDataset[Any],
+        views: TwoViews | None,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        processes: int = 1,
     ) -> None:
         self.images = images
         self.views = views
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
+        self.processes = processes
         # Workers that live on have a copy of all this from before the first epoch, but share this memory.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -167,6 +177,8 @@ class Streamed(IterableDataset[Any]):
         epoch = int(self._epoch)
         if hasattr(self.images, "epoch"):
             self.images.epoch = epoch
+        if hasattr(self.images, "share"):
+            self.images.share = self.rank, self.processes
         worker = get_worker_info()
         items = iter(self.images)
         for i in count():
@@ -195,6 +207,7 @@ class TrainingLoader(DataLoader[Any]):
         order: in which order; None for a stream.
         first: where the first iteration begins.
         epoch: tells the epoch that an iteration is to read; by default each reads the next.
+        group: the processes that read a stream in step, with collectives on the CPU; None for one process.
         options: of ``torch.utils.data.DataLoader``.
     """
 
@@ -208,6 +221,7 @@ class TrainingLoader(DataLoader[Any]):
         order: ShuffledOrder | None,
         first: Place,
         epoch: Callable[[], int] | None = None,
+        group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         if order is not None:
@@ -216,6 +230,7 @@ class TrainingLoader(DataLoader[Any]):
         self.order = order
         self.first = first
         self.epoch = epoch
+        self.group = group
         self._begun = 0
 
     def __iter__(self) -> Any:
@@ -226,11 +241,25 @@ class TrainingLoader(DataLoader[Any]):
         batches = self.first.batches if epoch == self.first.epoch else 0
         if isinstance(self.dataset, Streamed):
             self.dataset.set_epoch(epoch)
-            return islice(super().__iter__(), batches, None)
+            # In the earlier run, all processes had the batches that are skipped.
+            rest = islice(super().__iter__(), batches, None)
+            rest = rest if self.group is None else _in_step(rest, self.group)
+            return rest if batches else self._some(rest)
         assert self.order is not None
         self.order.set_epoch(epoch)
         self.order.first_step = batches
         return super().__iter__()
+
+    def _some(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Refuse an epoch without a batch: Lightning would begin the next, for ever."""
+        batch = next(batches, None)
+        if batch is None:
+            assert isinstance(self.dataset, Streamed)
+            size, processes = self.dataset.batch_size, self.dataset.processes
+            each = " for each process" * (processes > 1) + " of one worker" * (self.num_workers > 1)
+            raise DataError(f"the stream has no whole batch of {size} images{each}; lower data.batch_size")
+        yield batch
+        yield from batches
 
     # Lightning warns of loaders without these two that they cannot go on; the data module keeps the place.
 
@@ -240,6 +269,34 @@ class TrainingLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+def _in_step(batches: Iterator[Any], group: dist.ProcessGroup) -> Iterator[Any]:
+    """Yield batches as long as every process has one, and raise an error of any process on all of them."""
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except Exception as problem:
+            error = problem
+        state = torch.tensor([error is not None, batch is None], dtype=torch.int32)
+        dist.all_reduce(state, dist.ReduceOp.MAX, group=group)
+        failed, ended = state.tolist()
+        if failed:
+            _raise_on_all(error, group)
+        if ended:
+            return
+        yield batch
+
+
+def _raise_on_all(own: Exception | None, group: dist.ProcessGroup) -> NoReturn:
+    kinds: list[Any] = [None] * dist.get_world_size(group)
+    text = str(own) if isinstance(own, ValueError | RuntimeError) else f"{type(own).__name__}: {own}"
+    dist.all_gather_object(kinds, own and text, group=group)
+    if own is not None:
+        raise own
+    rank, text = next((rank, text) for rank, text in enumerate(kinds) if text is not None)
+    raise DataError(f"{text} (in process {rank})")
 
 
 def _as_it_is(batch: Any) -> Any:
