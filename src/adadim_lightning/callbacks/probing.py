@@ -2,9 +2,9 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -156,11 +156,12 @@ class OnlineProbe(TappingCallback):
     def _try_loaders(self, pl_module: LightningModule) -> None:
         """Read one batch of each as later: what is wrong with them is known before the training."""
         for loader, source in ((self.train_loader, "own"), (self.val_loader, "own held-out")):
-            if loader is None or iter(loader) is loader:  # what can be read but once is not tried
+            if loader is None or isinstance(loader, Iterator):  # what can be read but once is not tried
                 continue
-            with closing(self._embed(pl_module, loader, source)) as batches:
-                if next(batches, None) is None:
-                    raise ValueError(f"the {'train' if source == 'own' else 'val'}_loader of a probe has no batch")
+            with isolate_rng():  # making an iterator draws a number
+                first = list(islice(loader, 1))
+            if not list(self._embed(pl_module, first, source)):
+                raise ValueError(f"the {'train' if source == 'own' else 'val'}_loader of a probe has no batch")
         self._labels.forget()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,7 +212,7 @@ class OnlineProbe(TappingCallback):
     @torch.no_grad()
     def _embed(
         self, pl_module: LightningModule, loader: Iterable[Any], source: str
-    ) -> Generator[tuple[Any, Tensor, Tensor], None, None]:
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Each batch, its R and its labels, by the tapped submodule in evaluation mode; the random state stays."""
         tapped = self._feed.submodule(pl_module)
         with isolate_rng(), evaluating(tapped):
