@@ -192,6 +192,26 @@ def check_format(format: str) -> None:
             require(package, "onnx")
 
 
+def check_library(format: str, config: Any, backbone: nn.Module) -> None:
+    """Raise ExportError unless a backbone may be written in a format: those of a library hold its own alone.
+
+    Args:
+        format: one of ``ENDINGS``.
+        config: of the backbone, which names its class.
+        backbone: the backbone itself.
+    """
+    if format not in _OF_LIBRARIES:
+        return
+    target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
+    if not _is_ours(target, format) and not target.startswith(f"{format}."):
+        what = target or type(backbone).__name__
+        raise ExportError(f"{format} is for backbones that {format} made, not for {what}; use safetensors")
+
+
+def _is_ours(target: str, library: str) -> bool:
+    return target.startswith("adadim_lightning.") and target.endswith(f".{library}_backbone")
+
+
 @torch.no_grad()
 def _run(model: Run, batches: Sequence[Tensor]) -> Tensor:
     """Representations of the batches, one batch after another."""
@@ -245,11 +265,9 @@ def _read(path: Path, format: str, reader: nn.Module) -> Run:
 
 def _from_library(library: str, config: Any, backbone: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model as its library makes it by name, changed as the backbone was, and the lines that do so."""
-    target = str(config.get("_target_")) if isinstance(config, Mapping) else ""
-    is_ours = target.startswith("adadim_lightning.") and target.endswith(f".{library}_backbone")
-    if not is_ours and not target.startswith(f"{library}."):
-        what = target or type(backbone).__name__
-        raise ExportError(f"{library} is for backbones that {library} made, not for {what}; use safetensors")
+    check_library(library, config, backbone)
+    target = str(config["_target_"])
+    is_ours = _is_ours(target, library)
     without = (*FETCHED, "pretrained", "cifar_stem", "_target_")
     options = {key: value for key, value in config.items() if key not in without}
     name = options.pop("name", None) or options.pop("model_name", None) or target.rpartition(".")[2]

@@ -1,6 +1,9 @@
 """The picture and the spectra that a run leaves behind."""
 
+import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +11,19 @@ from lightning.pytorch import Callback
 from matplotlib.image import imread
 
 from adadim_lightning import AdaDim, DimensionMonitor, DynamicsPlot, OnlineKNN, OnlineLinearProbe
+from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.functional import eigenvalue_spectrum
-from tests.helpers import DIM_R, DIM_Z, Recorder, every_epoch, fit, fixed_batches, held_out, tiny_module
+from tests.helpers import (
+    DIM_R,
+    DIM_Z,
+    Recorder,
+    assert_same_weights,
+    every_epoch,
+    fit,
+    fixed_batches,
+    held_out,
+    tiny_module,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -91,9 +105,39 @@ def test_a_monitor_with_a_name_is_drawn_too(tmp_path: Path) -> None:
     assert_drawn(tmp_path / "dynamics.png")
 
 
-def test_without_a_monitor_nothing_is_written(tmp_path: Path) -> None:
-    fit(tiny_module(), fixed_batches(1), DynamicsPlot(tmp_path))
+def test_without_a_monitor_nothing_is_written_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="DynamicsPlot draws nothing: there is no DimensionMonitor or AdaDim"):
+        fit(tiny_module(), fixed_batches(1), DynamicsPlot(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [DynamicsPlot, RunCheckpoints])
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_first_step(
+    make: Any, place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    module = tiny_module()
+    with pytest.raises(OSError, match="Not a directory") as caught:
+        fit(module, fixed_batches(1), DimensionMonitor(), make(tmp_path / place))
+    assert caught.value.filename == str(tmp_path / place)
+    assert_same_weights(module, tiny_module())
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_known_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_module()
+    size = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.warns(UserWarning, match=r"has 0.0 MB left, less than a checkpoint takes, 0.0 MB at least"):
+        fit(module, fixed_batches(1), RunCheckpoints(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*MB left")
+        fit(module, fixed_batches(1), RunCheckpoints(tmp_path))
 
 
 def test_a_resumed_run_draws_all_its_epochs(tmp_path: Path) -> None:

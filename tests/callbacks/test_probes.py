@@ -1,5 +1,6 @@
 """The online probes against accuracies recomputed from what the model put out."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -259,9 +260,103 @@ def test_without_a_held_out_label_the_probes_log_nothing_and_say_so(make) -> Non
     assert not [key for key in used.callback_metrics if key.startswith("probe/")]
 
 
-def test_a_training_that_ends_before_its_validation_is_said() -> None:
-    with pytest.warns(UserWarning, match="has logged no probe/knn_top1: the training ended before a validation"):
-        fit(tiny_module(), (fixed_batches(4), held_out()), OnlineKNN(), max_steps=2, max_epochs=-1)
+class Starts(Callback):
+    """Notes which warnings there were when the first step began."""
+
+    def __init__(self, caught: list[Any]) -> None:
+        self.caught, self.before = caught, []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.before = self.before or [str(x.message) for x in self.caught]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_steps": 2, "max_epochs": -1}, "ends after 2 batches, before the first validation after 4"),
+        (
+            {"max_steps": 5, "max_epochs": 2, "val_check_interval": 6, "check_val_every_n_epoch": None},
+            "5 batches, before",
+        ),
+        ({"max_epochs": 2, "val_check_interval": 9, "check_val_every_n_epoch": None}, "after 8 batches, before"),
+        (
+            {"max_steps": 2, "max_epochs": 9, "accumulate_grad_batches": 2, "check_val_every_n_epoch": 2},
+            "after 4 bat",
+        ),
+        ({"max_epochs": 2, "check_val_every_n_epoch": 3}, "the trainer validates every 3 epochs and trains 2"),
+        ({"max_epochs": 2, "limit_val_batches": 0}, "limit_val_batches is 0"),
+    ],
+    ids=str,
+)
+def test_a_training_without_a_validation_is_said_before_its_first_step(options, reason: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        starts = Starts(caught)
+        used = fit(tiny_module(), (fixed_batches(4), held_out()), OnlineKNN(), starts, **options)
+    (told,) = [x for x in starts.before if "OnlineKNN" in x]
+    assert told.startswith("OnlineKNN has nothing to score on: ")
+    assert reason in told
+    assert [str(x.message) for x in caught if "OnlineKNN" in str(x.message)] == [told]  # not again at the end
+    assert "probe/knn_top1" not in used.callback_metrics
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 4, "max_epochs": -1},
+        {"max_steps": 2, "max_epochs": -1, "accumulate_grad_batches": 2},
+        {"max_epochs": 2, "check_val_every_n_epoch": 2},
+        {"max_steps": 2, "max_epochs": 9, "val_check_interval": 2},
+        {"max_epochs": 2, "val_check_interval": 7, "check_val_every_n_epoch": None},
+    ],
+    ids=str,
+)
+def test_a_training_with_a_validation_is_not_warned_of(options) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nothing to score on")
+        used = fit(tiny_module(), (fixed_batches(4), held_out()), OnlineKNN(), **options)
+    assert "probe/knn_top1" in used.callback_metrics
+
+
+@pytest.mark.parametrize("make", [OnlineLinearProbe, OnlineKNN])
+@pytest.mark.parametrize("which", ["train_loader", "val_loader"])
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([torch.zeros(4, 1, 8, 8)], "but there are no labels"),
+        ([(torch.zeros(4), torch.zeros(4).long())], "no images were found in a batch"),
+        ([], "of a probe has no batch"),
+    ],
+)
+def test_loaders_of_a_probe_are_looked_at_before_the_first_step(make, which: str, batches, words: str) -> None:
+    loaders = {"train_loader": held_out(), "val_loader": held_out()} | {which: batches}
+    module = tiny_module()
+    with pytest.raises(ValueError, match=words):
+        fit(module, fixed_batches(2), make("backbone", **loaders), max_epochs=1)
+    assert_same_weights(module, tiny_module())
+
+
+def test_what_was_not_scored_is_said_once_and_at_the_first_validation() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        class Second(Starts):
+            def on_train_epoch_start(self, trainer: Any, _: Any) -> None:
+                self.before = [str(x.message) for x in self.caught] if trainer.current_epoch == 1 else []
+
+            def on_train_batch_start(self, *_: Any) -> None:
+                pass
+
+        second = Second(caught)
+        fit(tiny_module(), (unlabeled(2), held_out()), OnlineKNN(), second, max_epochs=2)
+    (told,) = [str(x.message) for x in caught if "has logged no" in str(x.message)]
+    assert "has logged no probe/knn_top1: no image to learn from had a label" in told
+    assert told in second.before
+
+
+def test_knn_probe_refuses_a_bank_of_fewer_rows_than_neighbors() -> None:
+    with pytest.raises(ValueError, match="bank_size must hold the k = 20 neighbors, got 10"):
+        OnlineKNN(bank_size=10)
 
 
 @pytest.mark.parametrize(

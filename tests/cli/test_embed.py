@@ -206,6 +206,16 @@ def test_a_mistake_is_one_line_and_leaves_older_files(
     assert (tmp_path / "embeddings.npz").read_text() == "of yesterday"
 
 
+def test_a_file_that_will_be_replaced_is_named_before_the_work(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in (False, True):
+        assert run(monkeypatch, embed, f"ckpt={trained}", "out=mine.npz") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert ("  mine.npz is there already: it will be replaced" in lines[:3]) is there
+
+
 def test_several_models_are_refused(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

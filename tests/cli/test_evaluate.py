@@ -285,12 +285,10 @@ def test_without_labels_only_what_needs_none_is_measured(
     assert not [key for key in model["values"] if "top1" in key]
     assert model["labeled_images"] == {}
     output = capsys.readouterr().out
-    assert "  no labels, or none held out: only what needs none is measured\n" in output
+    assert "  labels: none; only what needs none is measured\n" in output
     assert "Nearest" not in output
     assert run(monkeypatch, evaluate, f"ckpt={unlabeled}", "probes=[linear,knn]", f"out={out}") == 1
-    assert "pictures has no labels, or none held out, which linear, knn need; set probes=[label_free]" in (
-        capsys.readouterr().err
-    )
+    assert "pictures cannot serve linear, knn (labels: none); set probes=[label_free]" in (capsys.readouterr().err)
     assert models(out) == [model]
 
 

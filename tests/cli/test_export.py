@@ -110,6 +110,34 @@ def test_out_names_the_file_or_the_folder(
     assert "run_dir" not in error
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["out=file/below", "format=[torchscript,safetensors]"], "Not a directory; name another place by out=..."),
+        (
+            ["out=taken", "format=[torchscript,safetensors]"],
+            "cannot write taken/backbone.safetensors: it is a folder",
+        ),
+        (["out=new", "format=[torchscript,torchvision]"], "torchvision is for backbones that torchvision made"),
+        (["out=x.onnx"], "out=x.onnx is named like onnx, but the format is safetensors: give format=onnx"),
+        (["out=x.pt2", "format=torchscript"], "named like torch_export, but the format is torchscript"),
+    ],
+)
+def test_what_cannot_be_written_is_known_before_any_format_is(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "backbone.safetensors").mkdir(parents=True)
+    assert message in failure(monkeypatch, capsys, f"ckpt={run}", *overrides)
+    assert [x.name for x in tmp_path.rglob("*") if x.is_file()] == ["file"]
+
+
 def test_images_may_come_from_other_data(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

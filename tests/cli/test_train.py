@@ -95,6 +95,20 @@ def test_summary_holds_the_last_value_of_every_log_name(two_epochs: Path) -> Non
     assert found["dynamics/H_R"] == pytest.approx(np.log(found["dynamics/ER_R"]))
 
 
+def test_metrics_csv_has_each_value_of_each_epoch_once_in_two_rows(two_epochs: Path) -> None:
+    with (two_epochs / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "0", "1", "1"]
+    for epoch in "01":
+        for name in set(rows[0]) - {"epoch", "step"}:
+            (row,) = (row for row in rows if row["epoch"] == epoch and row[name])
+            probes = {key for key in row if row[key]} - {"epoch", "step"} == {
+                "probe/linear_top1",
+                "probe/knn_top1",
+            }
+            assert probes is name.startswith("probe/")
+
+
 def test_alpha_leaves_its_start_at_the_first_estimate(two_epochs: Path) -> None:
     found = summary(two_epochs)
     assert 0 < found["balance/alpha"] <= 1  # type: ignore[operator]

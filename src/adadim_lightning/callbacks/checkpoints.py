@@ -18,7 +18,7 @@ from weakref import proxy, ref
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from adadim_lightning.callbacks.continuing import (
 )
 from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.epochs import forget_cut_epoch, within_epoch
+from adadim_lightning.files import check_writable
 from adadim_lightning.functional._numeric import check_integer, check_number
 from adadim_lightning.guard import NonFiniteError
 from adadim_lightning.pretrained import CheckpointError, read_state
@@ -132,15 +133,33 @@ class RunCheckpoints(Checkpoint):
 
         Raises:
             ValueError: a plugin of the trainer writes files later than it says.
+            OSError: nothing can be written to the folder.
         """
         if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
                 "RunCheckpoints has to see a file whole before it counts; leave out AsyncCheckpointIO"
             )
         self._folder = self.dirpath or Path(trainer.strategy.broadcast(_folder(trainer)))
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_disk(pl_module)
         self._restored, self._logged = None, []
         if stage == "fit" and (self._module is None or self._module() is not pl_module):
             self._module, self._names, self._run = ref(pl_module), [], uuid.uuid4().hex[:8]
+
+    @rank_zero_only
+    def _check_disk(self, pl_module: LightningModule) -> None:
+        """Raise OSError where nothing can be written, and warn where the disk is too full for a checkpoint."""
+        check_writable(self._folder)
+        place = next(path for path in (self._folder.absolute(), *self._folder.absolute().parents) if path.exists())
+        # Of the weights alone: what the optimizer adds is not there yet.
+        stored = (x.untyped_storage() for x in pl_module.state_dict().values() if isinstance(x, Tensor))
+        size = sum({x.data_ptr(): x.nbytes() for x in stored}.values())  # shared weights are written once
+        free = shutil.disk_usage(place).free
+        if free < size:
+            rank_zero_warn(
+                f"the disk of {self._folder} has {free / 1e6:,.1f} MB left, less than a checkpoint takes, "
+                f"{size / 1e6:,.1f} MB at least: the first one will end the run"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_module": None}  # a reference of this process

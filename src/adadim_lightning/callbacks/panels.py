@@ -72,6 +72,10 @@ class WandbPanels(DynamicsPlot):
         self._define(trainer, (_key(prefix, name) for prefix in prefixes for name in METRICS))
         self._log_views(trainer)
 
+    @rank_zero_only
+    def _draws(self, trainer: Trainer) -> bool:
+        return any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the spectra of the epoch, and note its values."""
         super().on_train_epoch_end(trainer, pl_module)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from adadim_lightning.callbacks.continuing import figures_of_epoch, note_epoch
 from adadim_lightning.callbacks.monitor import DimensionMonitor
+from adadim_lightning.files import check_writable
 
 
 class DynamicsPlot(Callback):
@@ -31,6 +32,28 @@ class DynamicsPlot(Callback):
     def __init__(self, dirpath: str | Path | None = None) -> None:
         self.dirpath = dirpath
         self.history: dict[str, list[float]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so if there will be nothing to draw.
+
+        Raises:
+            OSError: nothing can be written to the folder.
+        """
+        if stage != "fit" or not self._draws(trainer):
+            return
+        if not any(isinstance(callback, DimensionMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(self).__name__} draws nothing: there is no DimensionMonitor or AdaDim among the callbacks"
+            )
+
+    @rank_zero_only
+    def _draws(self, trainer: Trainer) -> bool:
+        """Whether files are wanted, which can then be written."""
+        check_writable(self._folder(trainer))
+        return True
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath if self.dirpath is not None else trainer.default_root_dir)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the epoch's values from those before it."""
@@ -63,7 +86,7 @@ class DynamicsPlot(Callback):
             return
         from adadim_lightning.report.dynamics import draw_dynamics
 
-        folder = Path(self.dirpath if self.dirpath is not None else trainer.default_root_dir)
+        folder = self._folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         spectra = stack_spectra(monitors[0])
         with (folder / "spectra.npz").open("wb") as file:

@@ -332,6 +332,8 @@ class OnlineKNN(OnlineProbe):
         if temperature != math.inf:  # which makes the vote plain
             check_positive("temperature", temperature)
         check_integer("bank_size", bank_size, low=1)
+        if bank_size < k:
+            raise ValueError(f"bank_size must hold the k = {k} neighbors, got {bank_size}")
         self.bank_size = bank_size
         self._vote = partial(knn_predict, k=k, temperature=temperature)
         self._bank: list[tuple[Tensor, Tensor]] = []

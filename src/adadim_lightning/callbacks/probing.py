@@ -1,8 +1,10 @@
 """What probes have in common: where R and its labels come from, and how the hits are counted."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,18 +63,27 @@ class OnlineProbe(TappingCallback):
         self._feed.close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there is nothing to score on."""
+        """Look at the loaders of its own, and say so if there is nothing to score on."""
         self._missing = "the training ended before a validation"
-        if self.val_loader is None and not trainer.enable_validation:
-            rank_zero_warn(
-                f"{type(self).__name__} has nothing to score on: the model has no validation loop; give it "
-                "val_loader=..."
-            )
+        self._try_loaders(pl_module)
+        if self.val_loader is not None:
+            return
+        reason = None if trainer.enable_validation else "the model has no validation loop"
+        if trainer.limit_val_batches == 0:
+            reason = "limit_val_batches is 0"
+        reason = reason or why_unvalidated(trainer)
+        if reason:
+            self._missing = ""  # said once
+            rank_zero_warn(f"{type(self).__name__} has nothing to score on: {reason}; give it val_loader=...")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there was something to score on, and yet no accuracy."""
-        if self._missing and (self.val_loader is not None or trainer.enable_validation):
+        self._say_missing()
+
+    def _say_missing(self) -> None:
+        if self._missing:
             rank_zero_warn(f"{type(self).__name__} has logged no {self._key(self.key)}: {self._missing}")
+        self._missing = ""
 
     # Steps of the model.
 
@@ -141,6 +152,17 @@ class OnlineProbe(TappingCallback):
         return r, labels.to(r.device)
 
     # Loaders of the probe's own.
+
+    def _try_loaders(self, pl_module: LightningModule) -> None:
+        """Read one batch of each as later: what is wrong with them is known before the training."""
+        for loader, source in ((self.train_loader, "own"), (self.val_loader, "own held-out")):
+            if loader is None or isinstance(loader, Iterator):  # what can be read but once is not tried
+                continue
+            with isolate_rng():  # making an iterator draws a number
+                first = list(islice(loader, 1))
+            if not list(self._embed(pl_module, first, source)):
+                raise ValueError(f"the {'train' if source == 'own' else 'val'}_loader of a probe has no batch")
+        self._labels.forget()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn from the probe's own data before the validation batches are scored."""
@@ -221,6 +243,8 @@ class OnlineProbe(TappingCallback):
             pl_module.log(
                 self._key(self.key), right / rows, on_step=False, on_epoch=True, batch_size=1, sync_dist=True
             )
+        elif not pl_module.trainer.sanity_checking:
+            self._say_missing()
 
     # What each probe does.
 
@@ -250,6 +274,24 @@ class OnlineProbe(TappingCallback):
     @abstractmethod
     def _predict(self, r: Tensor) -> Tensor:
         """Classes of held-out rows, shapes ``(N, d)`` and ``(N,)``."""
+
+
+def why_unvalidated(trainer: Trainer) -> str | None:
+    """Why the trainer will not validate, as it starts to train; None if it will, or that cannot be known."""
+    batches = float(trainer.num_training_batches)
+    every, epoch = trainer.check_val_every_n_epoch, trainer.current_epoch
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    if every and epochs // every == epoch // every:
+        return f"the trainer validates every {every} epochs and trains {epochs:g}"
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of an epoch that goes on
+    first = float(trainer.val_check_batch)
+    if every and every > 1 and (skipped := every - 1 - epoch % every):
+        first += skipped * batches
+    left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else math.inf
+    last = min(left * trainer.accumulate_grad_batches + done, math.inf if every else (epochs - epoch) * batches)
+    if math.isfinite(first) and last < first:
+        return f"the training ends after {last:g} batches, before the first validation after {first:g}"
+    return None
 
 
 def are_repeated(places: Tensor, loader: Any) -> Tensor:

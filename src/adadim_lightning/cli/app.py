@@ -25,6 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from adadim_lightning.cli.versions import own_version
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # as shells number a Ctrl-C
 # Hydra's plugins by a word in the names of their options, and our extras that install them.
@@ -89,6 +91,9 @@ def run_app(task: Callable[[DictConfig], Any], command: str, config_name: str) -
         finally:
             os.environ[FULL_ERROR] = "1"
 
+    if "--version" in sys.argv[1:]:  # Hydra would tell its own
+        print(own_version())
+        return
     offer_eval_data()
     sys.argv[1:] = quoted(sys.argv[1:])
     warnings.filterwarnings("ignore", "The version_base parameter is deprecated")  # by Hydra 1.4; 1.3 needs it

@@ -1,16 +1,25 @@
 """What is looked at before a run begins: its configuration, and whether its folder is free."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from adadim_lightning.callbacks.adadim import AdaDim
+from adadim_lightning.callbacks.monitor import DimensionMonitor
+from adadim_lightning.callbacks.probing import OnlineProbe
+from adadim_lightning.callbacks.progress import RATE, Throughput
+from adadim_lightning.callbacks.tapping import TappingCallback
 from adadim_lightning.cli.app import nearest
 from adadim_lightning.cli.closing import check_evaluation
 from adadim_lightning.functional._numeric import check_bool, check_integer
+from adadim_lightning.objective import AdaDimLoss
 from adadim_lightning.run_folder import run_lock
 
 REQUIRED = ("data", "views", "backbone", "head", "optimizer", "balance", "objective", "trainer", "seed", "run_dir")
@@ -30,6 +39,9 @@ KEYS = {
         "trust",
     ),
 }
+DYNAMICS = [f"dynamics/{name}" for name in ("H_R", "ER_R", "ER_Z", "I_RZ", "log_n")]
+BALANCE = ["balance/alpha", "balance/beta"]
+TERMS = ("decorrelation", "uniformity", "information")
 TRAINER_INTEGERS = {
     "max_epochs": 1,
     "max_steps": 1,
@@ -93,3 +105,84 @@ def check_config(config: DictConfig) -> None:
         raise ValueError("nothing would be trained: trainer.limit_train_batches is 0")
     if config.trainer.max_epochs is None and config.trainer.max_steps in (None, -1):
         raise ValueError("trainer.max_epochs must be a number of epochs; null would mean Lightning's 1000")
+
+
+def why_not_validated(trainer: DictConfig) -> str | None:
+    """Say why a trainer will never validate, as far as its settings tell; None if it may."""
+    every, epochs = trainer.get("check_val_every_n_epoch"), trainer.get("max_epochs")
+    if trainer.get("limit_val_batches") == 0:
+        return "trainer.limit_val_batches is 0"
+    if every and epochs and 0 < epochs < every:
+        return f"trainer.check_val_every_n_epoch={every} is more than trainer.max_epochs={epochs}"
+    return None
+
+
+def check_logged(
+    config: DictConfig,
+    objective: Any,
+    callbacks: Sequence[Callback],
+    *,
+    evaluated: set[str],
+    validates: bool,
+    labels: str | None = None,
+) -> set[str]:
+    """Raise ValueError for a metric that is waited for and that nothing will log; a sweep, say, would end without.
+
+    Args:
+        config: of the run.
+        objective: its objective.
+        callbacks: its callbacks.
+        evaluated: log names of the closing evaluation.
+        validates: whether the probes will be scored.
+        labels: what is wrong with the labels, if anything is.
+
+    Returns:
+        The names that will be logged, but for those of classes that are not known here.
+    """
+    known = isinstance(objective, AdaDimLoss)
+    logged = {"loss/total"}
+    if isinstance(objective, AdaDimLoss):
+        logged |= {f"loss/{name}" for name in (*TERMS, *objective.weights)}
+        logged |= {f"loss_weighted/{name}" for name in TERMS}
+    for callback in callbacks:
+        names: list[str] = []
+        if isinstance(callback, DimensionMonitor):
+            names = DYNAMICS + (BALANCE if isinstance(callback, AdaDim) else [])
+        elif isinstance(callback, OnlineProbe):
+            names = [callback.key] if validates or callback.val_loader is not None else []
+        elif isinstance(callback, Throughput):
+            names = [RATE]
+        elif isinstance(callback, LearningRateMonitor | DeviceStatsMonitor) or _is_foreign(callback):
+            known = False
+        prefix = f"{callback.name}/" if isinstance(callback, TappingCallback) and callback.name else ""
+        logged |= {prefix + name for name in names}
+    monitors = ((type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks)
+    waiting = [
+        ("optimized_metric", config.get("optimized_metric"), logged | evaluated),
+        *((f"the monitor of {owner}", monitor, logged | {"epoch", "step"}) for owner, monitor in monitors),
+    ]
+    for where, name, there in waiting:
+        if name is None or name in there or (not known and not str(name).startswith("evaluation/")):
+            continue
+        if name in evaluated:
+            raise ValueError(f"{where} is {name!r}, which is measured after the training: nothing can wait for it")
+        reason = _why_not_logged(config, str(name), there, labels)
+        raise ValueError(f"{where} is {name!r}, which nothing in this run logs{reason}")
+    return logged | evaluated
+
+
+def _is_foreign(callback: Callback) -> bool:
+    return type(callback).__module__.partition(".")[0] not in ("adadim_lightning", "lightning")
+
+
+def _why_not_logged(config: DictConfig, name: str, there: set[str], labels: str | None) -> str:
+    of_labels = name.startswith("evaluation/") or "probe/" in name
+    if of_labels and labels is not None:
+        return f": the labels are {labels}" if labels != "none" else ": the images have no labels"
+    if name.startswith("evaluation/") and config.get("evaluation") is None:
+        return ": evaluation is null"
+    if "probe/" in name and name not in there and (reason := why_not_validated(config.trainer)):
+        return f": {reason}"
+    if (meant := nearest(name, there, cutoff=0.8)) is not None:
+        return f"; did you mean {meant!r}?"
+    return f"; it logs {', '.join(sorted(there))}"

@@ -33,6 +33,45 @@ def check_evaluation(settings: Any) -> None:
     check_integer("evaluation.images", settings.get("images"), low=2)
 
 
+def why_unscored(data: ImageData) -> str | None:
+    """Why no probe can learn from the labels of data and be scored on them; None if one can."""
+    if data.test is None and getattr(data.train, "is_labeled", True):
+        return "none held out"
+    if not data.is_labeled:
+        trained, held = (getattr(x, "is_labeled", False) for x in (data.train, data.test))
+        return "none on the held-out images" if trained else "none on the training images" if held else "none"
+    if isinstance(data.train, ImageSet) and len(torch.unique(data.train.labels[data.train.labels >= 0])) < 2:
+        return "all of one class"
+    return None
+
+
+def why_unevaluated(data: ImageData, settings: Mapping[str, Any] | None) -> str | None:
+    """Why the closing evaluation will measure nothing, where that is not wanted; None if it will."""
+    if settings is None:
+        return None
+    if not isinstance(data.train, ImageSet):
+        return "a stream of images has no fixed rows; data.streaming=false or eval_data=... brings some"
+    return why_unscored(data)
+
+
+def is_left_out(name: str, data: ImageData) -> bool:
+    """Whether a kind of backbone is not evaluated on such images: raw pixels that are too many."""
+    return name == "raw" and math.prod(data.image_shape) > MOST_RAW_PIXELS
+
+
+def unseen_classes(train: torch.Tensor, test: torch.Tensor) -> int:
+    """Number of labels to score whose class no label to learn from has: none of them can be right."""
+    return int(((test >= 0) & ~torch.isin(test, train[train >= 0])).sum())
+
+
+def evaluation_names(settings: Mapping[str, Any], data: ImageData) -> set[str]:
+    """Log names of what :func:`evaluate_backbones` will measure."""
+    probes = {"linear": ["linear_top1", "linear_balanced"], "knn": ["knn_top1"]}
+    probes["few_shot"] = [FEW_SHOT.format(100 * share) for share in SHARES]
+    kinds = [name for name in settings["of"] if not is_left_out(name, data)]
+    return {f"evaluation/{name}_{probe}" for name in kinds for x in settings["probes"] for probe in probes[x]}
+
+
 def evaluate_backbones(
     backbones: Mapping[str, nn.Module], data: ImageData, settings: Mapping[str, Any] | None
 ) -> Figures:
@@ -41,18 +80,20 @@ def evaluate_backbones(
     Args:
         backbones: by name, ``raw``, ``untrained`` and ``trained``; raw pixels of images with more than 1,024 are
             left out.
-        data: labeled images; of others, or of streams, nothing is measured.
+        data: labeled images; where :func:`why_unevaluated` has a reason nothing is measured.
         settings: of the key ``evaluation``: ``of``, ``probes``, ``images``; None measures nothing.
 
     Returns:
         Shares in ``[0, 1]`` by log name.
     """
-    if settings is None or not data.is_labeled or not isinstance(data.train, ImageSet) or data.test is None:
+    if settings is None or why_unevaluated(data, settings):
         return {}
+    assert isinstance(data.train, ImageSet)
+    assert data.test is not None
     splits = [_some_labeled(images, settings["images"]) for images in (data.train, data.test)]
     found: Figures = {}
     for name in settings["of"]:
-        if name == "raw" and math.prod(data.image_shape) > MOST_RAW_PIXELS:
+        if is_left_out(name, data):
             continue
         train, test = (embed(backbones[name], data.loader(x), data.views.clean) for x in splits)
         if "linear" in settings["probes"]:

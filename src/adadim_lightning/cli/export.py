@@ -25,7 +25,7 @@ def main() -> None:
 def _task(config: DictConfig) -> None:
     # Imported here: the help needs neither torch nor lightning.
     from adadim_lightning.cli.build import say
-    from adadim_lightning.export import check_format, describe, export_backbone
+    from adadim_lightning.export import check_format, check_library, describe, export_backbone
     from adadim_lightning.pretrained import load_pretrained
 
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export"):
@@ -39,6 +39,9 @@ def _task(config: DictConfig) -> None:
         check_format(format)
     pretrained = load_pretrained(config.ckpt, trust=list(config.trust or ()))
     files = _files(config.out, formats, pretrained.path)
+    for format, file in files.items():  # before the first is written
+        check_library(format, pretrained.config["backbone"], pretrained.backbone)
+        _check_writable(file)
     images = _images(config, pretrained)
     say(f"backbone   {pretrained.name}, compared on {len(images)} of its images")
     load = []
@@ -69,8 +72,25 @@ def _files(out: str | None, formats: list[str], checkpoint: Path) -> dict[str, P
         if path.suffix and not path.is_dir():
             if len(formats) > 1:
                 raise ValueError(f"out must be a folder for several formats, got {out}")
+            other = next((x for x, end in ENDINGS.items() if path.name.endswith(end) and x != formats[0]), None)
+            if other is not None and not ENDINGS[formats[0]].endswith(ENDINGS[other]):
+                raise ValueError(
+                    f"out={out} is named like {other}, but the format is {formats[0]}: give format={other}"
+                )
             return {formats[0]: path}
     return {format: path / f"backbone{ENDINGS[format]}" for format in formats}
+
+
+def _check_writable(file: Path) -> None:
+    from adadim_lightning.files import check_writable
+
+    try:
+        for path in (file, file.with_name(f"{file.name}.json")):
+            if path.is_dir():
+                raise IsADirectoryError(None, "it is a folder")
+        check_writable(file.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {file}: {error.strerror}; name another place by out=...") from error
 
 
 def _images(config: DictConfig, pretrained: Pretrained) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adadim_lightning.cli.app import nearest
 from adadim_lightning.cli.build import Subject, find_checkpoints, say, subjects
-from adadim_lightning.cli.closing import FEW_SHOT
+from adadim_lightning.cli.closing import FEW_SHOT, unseen_classes, why_unscored
 from adadim_lightning.cli.versions import versions
 from adadim_lightning.data import ImageData, ImageFiles, ImageSet
 from adadim_lightning.evaluation import (
@@ -34,6 +34,7 @@ from adadim_lightning.evaluation import (
 )
 from adadim_lightning.extras import require
 from adadim_lightning.functional._numeric import check_integer, check_number
+from adadim_lightning.models import representation_dim
 from adadim_lightning.models.backbones import evaluating
 
 Rows = tuple[Tensor, Tensor]
@@ -42,6 +43,7 @@ Values = dict[str, float | None]
 PROBES = ("linear", "knn", "few_shot", "label_free")
 # Rows times dimensions times classes for which a logistic regression takes a minute or so.
 MOST_FOR_LOGISTIC = 3e8
+NEIGHBORS = 20  # the default of knn_accuracy
 VIEWS_AT_ONCE = 512
 GROUPS = {
     "Linear probe": {
@@ -49,7 +51,7 @@ GROUPS = {
         "linear_balanced": "  mean over classes",
         "linear_sgd_top1": "SGD, 100 epochs",
     },
-    "Nearest neighbors, k = 20": {"knn_top1": "weighted, T = 0.07", "knn_plain_top1": "plain vote"},
+    f"Nearest neighbors, k = {NEIGHBORS}": {"knn_top1": "weighted, T = 0.07", "knn_plain_top1": "plain vote"},
     "Few labels, mean of 3": {},  # a row for each of few_shot
     "Without labels": {
         "H_R": "H(R) [nats]",
@@ -89,6 +91,8 @@ def evaluate(config: DictConfig) -> list[dict[str, Any]]:
             seed_everything(config.seed, verbose=False)  # no model sees what came before it
             start = time.perf_counter()
             say(f"{subject.name}\n  {subject.data}")
+            if not results:
+                _say_replaced(out)
             found = _measure(subject, config)
             found["seconds"] = round(time.perf_counter() - start, 2)
             results.append(found)
@@ -142,18 +146,29 @@ def _writable(path: Any, *endings: str) -> Path:
     return out
 
 
+def _say_replaced(out: Path) -> None:
+    if out.exists():
+        say(f"  {os.path.relpath(out)} is there already: it will be replaced")
+
+
 def _measure(subject: Subject, config: DictConfig) -> dict[str, Any]:
     data = subject.data
     _check_no_stream(data, "evaluated")
     probes = _listed(config.probes)
-    if not data.is_labeled and probes != ["label_free"]:
+    if probes != ["label_free"] and (reason := why_unscored(data)) is not None:
         if "label_free" not in probes:
             raise ValueError(
-                f"{data.title} has no labels, or none held out, which {', '.join(probes)} need; set "
-                "probes=[label_free]"
+                f"{data.title} cannot serve {', '.join(probes)} (labels: {reason}); set probes=[label_free]"
             )
-        say("  no labels, or none held out: only what needs none is measured")
+        say(f"  labels: {reason}; only what needs none is measured")
         probes = ["label_free"]
+    if "label_free" in probes and len(_unlabeled(data)) < 2:
+        raise ValueError(
+            f"label_free needs at least 2 images, and {data.title} has 1; leave it out of probes=[...]"
+        )
+    too_large = set[str]()
+    if probes != ["label_free"]:
+        too_large = _say_limits(subject, probes, config)
     values: Values = {}
     sizes = {}
     r = None
@@ -162,7 +177,7 @@ def _measure(subject: Subject, config: DictConfig) -> dict[str, Any]:
         assert data.test is not None
         train, test = (embed(subject.backbone, data.loader(x), data.views.clean) for x in (data.train, data.test))
         sizes = {"train": int((train[1] >= 0).sum()), "test": int((test[1] >= 0).sum())}
-        values |= _probe(train, test, probes, config)
+        values |= _probe(train, test, probes, config, too_large)
         r = test[0]
     if "label_free" in probes:
         values |= _label_free(subject, r, config)
@@ -183,39 +198,59 @@ def _check_no_stream(data: ImageData, what: str) -> None:
         raise ValueError(f"a stream cannot be {what}; set data.streaming=false")
 
 
-def _probe(train: Rows, test: Rows, probes: Iterable[str], config: DictConfig) -> Values:
+def _say_limits(subject: Subject, probes: Iterable[str], config: DictConfig) -> set[str]:
+    """Say what the probes will leave out or do otherwise; the names of the logistic regressions left out."""
+    data = subject.data
+    assert isinstance(data.train, ImageSet)
+    assert data.test is not None
+    labels, held_out = data.train.labels, data.test.labels
+    rows = int((labels >= 0).sum())
+    image = data.views.clean(data.sample(1)[0])[0]
+    size = rows * (int(labels.max()) + 1) * representation_dim(subject.backbone, image)
+    shares = {"linear_top1": 1.0} if "linear" in probes else {}
+    if "few_shot" in probes:
+        shares |= {FEW_SHOT.format(100 * share): share for share in _listed(config.few_shot)}
+    left_out = {name: share for name, share in shares.items() if share * size > MOST_FOR_LOGISTIC}
+    if left_out:
+        names = (
+            "all labels" if name == "linear_top1" else f"{100 * share:g} %" for name, share in left_out.items()
+        )
+        say(f"  logistic regression of so many images would take too long: no {', '.join(names)}")
+    if "knn" in probes and rows < NEIGHBORS:
+        say(f"  {rows} labeled images to learn from: all of them are neighbors, not k = {NEIGHBORS}")
+    if unseen := unseen_classes(labels, held_out):
+        say(
+            f"  {unseen:,} of {int((held_out >= 0).sum()):,} held-out labels are of classes that no training "
+            "image has: they always count as wrong"
+        )
+    return set(left_out)
+
+
+def _probe(
+    train: Rows, test: Rows, probes: Iterable[str], config: DictConfig, too_large: Collection[str]
+) -> Values:
     values: Values = {}
-    labels = train[1]
-    size = int((labels >= 0).sum()) * train[0].shape[1] * (int(labels.max()) + 1)
-    left_out = []
     if "linear" in probes:
         values["linear_top1"] = values["linear_balanced"] = None
-        if size <= MOST_FOR_LOGISTIC:
+        if "linear_top1" not in too_large:
             values["linear_top1"], values["linear_balanced"] = linear_accuracies(train, test)
-        else:
-            left_out.append("all labels")
         values["linear_sgd_top1"] = sgd_linear_accuracy(train, test, seed=config.seed)
     if "knn" in probes:
-        values["knn_top1"] = knn_accuracy(train, test)
-        values["knn_plain_top1"] = knn_accuracy(train, test, temperature=math.inf)
+        values["knn_top1"] = knn_accuracy(train, test, k=NEIGHBORS)
+        values["knn_plain_top1"] = knn_accuracy(train, test, k=NEIGHBORS, temperature=math.inf)
     if "few_shot" in probes:
         for share in _listed(config.few_shot):
             name = FEW_SHOT.format(100 * share)
             values[name] = None
-            if share * size <= MOST_FOR_LOGISTIC:
+            if name not in too_large:
                 values[name], values[f"{name}_std"] = few_shot_accuracy(train, test, share, seed=config.seed)
-            else:
-                left_out.append(f"{100 * share:g} %")
-    if left_out:
-        say(f"  logistic regression of so many images would take too long: no {', '.join(left_out)}")
     return values
 
 
 def _label_free(subject: Subject, r: Tensor | None, config: DictConfig) -> Values:
     """Values of the held-out images, of which R may be known, or of the training images if there are no others."""
     data, settings = subject.data, config.label_free
-    images = data.test if data.test is not None else data.train
-    assert isinstance(images, ImageSet)
+    images = _unlabeled(data)
     chosen = _spread(images, settings.rows)
     if r is None:
         some = images.subset(chosen.tolist())
@@ -226,6 +261,13 @@ def _label_free(subject: Subject, r: Tensor | None, config: DictConfig) -> Value
     r = r[readable]
     z = None if subject.projection_head is None else _apply(subject.projection_head, r)
     return {**label_free_values(r, z, _embed_views(subject, images, settings))}
+
+
+def _unlabeled(data: ImageData) -> ImageSet:
+    """The images that are looked at without their labels."""
+    images = data.test if data.test is not None else data.train
+    assert isinstance(images, ImageSet)
+    return images
 
 
 def _embed_views(subject: Subject, images: ImageSet, settings: DictConfig) -> Tensor:
@@ -351,6 +393,7 @@ def write_embeddings(config: DictConfig) -> Path:
     data = subject.data
     _check_no_stream(data, "embedded")
     say(f"{subject.name}\n  {data}")
+    _say_replaced(out)
     columns: dict[str, list[Any]] = {"representation": [], "label": [], "path": [], "split": []}
     for split, images in (("train", data.train), ("test", data.test)):
         if not isinstance(images, ImageSet):

@@ -6,11 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from adadim_lightning.cli.versions import own_version
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of all commands."""
+    """A parser whose errors are one line, as those of all commands, and that knows ``--version``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--version", action="version", version=own_version(), help="show the version of adadim-lightning"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, and end."""

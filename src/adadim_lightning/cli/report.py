@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="adadim-report",
         description="Write one HTML page about runs, and its pictures as PNG files beside it.",
-        epilog="example: adadim-report multirun/2026-01-31/12-00-00 --baseline objective=vicreg",
+        epilog="example: adadim-report outputs/2026-01-31/12-00-00 --baseline objective=vicreg",
         allow_abbrev=False,
     )
     parser.add_argument(

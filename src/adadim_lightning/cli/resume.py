@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adadim_lightning.callbacks.checkpoints import KEY
 from adadim_lightning.cli.build import say
+from adadim_lightning.cli.metrics_log import METRICS
 from adadim_lightning.pretrained import CheckpointError, read_state
 
 
@@ -55,4 +56,6 @@ def find_past(folder: Path, optimizer: str | None) -> Past:
         raise ValueError(
             f"no checkpoint in {os.path.relpath(folder)} can be read; to begin anew, remove its folder checkpoints"
         )
+    if (folder / METRICS).exists():
+        say(f"resume     {os.path.relpath(folder)} has no checkpoint: the run begins anew")
     return Past()

@@ -2,13 +2,14 @@
 
 import copy
 import logging
+import math
 import os
 import re
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,16 @@ from adadim_lightning.callbacks.progress import EpochLines, carry_on_without_out
 from adadim_lightning.cli import slurm
 from adadim_lightning.cli.app import INTERRUPTED, one_line
 from adadim_lightning.cli.build import make_data, say
-from adadim_lightning.cli.check import check_config, check_unused, hold
-from adadim_lightning.cli.closing import evaluate_backbones
+from adadim_lightning.cli.check import check_config, check_logged, check_unused, hold, why_not_validated
+from adadim_lightning.cli.closing import (
+    MOST_RAW_PIXELS,
+    evaluate_backbones,
+    evaluation_names,
+    is_left_out,
+    unseen_classes,
+    why_unevaluated,
+    why_unscored,
+)
 from adadim_lightning.cli.loggers import finish_loggers, make_loggers
 from adadim_lightning.cli.metrics_log import metrics_log
 from adadim_lightning.cli.resume import Past, find_past
@@ -191,6 +200,7 @@ class Run:
         self.job = job
         self.past = Past()
         self.evaluation: Figures = {}
+        self.logged: set[str] = set()
         self.views: TwoViews
         self.trainer: Trainer | None = None
 
@@ -209,7 +219,8 @@ class Run:
     def optimized_metric(self) -> str:
         """Log name of what a sweeper optimizes."""
         chosen = self.config.get("optimized_metric")
-        return str(chosen or ("probe/linear_top1" if self.eval_data.is_labeled else "dynamics/ER_R"))
+        default = "probe/linear_top1" if "probe/linear_top1" in self.logged else "dynamics/ER_R"
+        return str(chosen or default)
 
     def prepare(self, *, resume: bool = False) -> bool:
         """Make all objects, to go on from the last checkpoint if wanted; False if only the views were wanted."""
@@ -234,6 +245,7 @@ class Run:
                 part.compile()
         objective = instantiate(config.objective, _convert_="all")
         callbacks = self._callbacks()
+        self.logged = self._check_logged(objective, callbacks)
         if resume:
             self.past = find_past(self.folder, config.optimizer.get("_target_"))
         # Always first: its folder is the run folder, where the checkpoints go too.
@@ -287,9 +299,10 @@ class Run:
                 lines.label = f"#{self.folder.name}"
         probes = [callback for callback in callbacks if isinstance(callback, OnlineProbe)]
         data = self.eval_data
-        if not data.is_labeled:
+        reason = why_unscored(data)
+        if reason is not None:
             say(
-                "labels     none, so no probes; H(R), I(R;Z) and the ranks need none\n"
+                f"labels     {reason}, so no probes; H(R), I(R;Z) and the ranks need none\n"
                 "           (eval_data=... brings labeled images)"
             )
             return [callback for callback in callbacks if callback not in probes]
@@ -302,6 +315,31 @@ class Run:
                 probe.train_loader = data.loader(train, clean=True)
                 probe.val_loader = data.loader(test, clean=True)
         return callbacks
+
+    def _check_logged(self, objective: Any, callbacks: Sequence[Callback]) -> set[str]:
+        """Say what the evaluation leaves out, and refuse to wait for what nothing logs."""
+        data, settings = self.eval_data, self.config.get("evaluation")
+        reason = why_unevaluated(data, settings)
+        if reason is not None and why_unscored(data) is None:  # else it was said
+            say(f"evaluation none: {reason}")
+        evaluated = set[str]()
+        if settings is not None and reason is None:
+            assert isinstance(data.train, ImageSet)
+            assert data.test is not None
+            evaluated = evaluation_names(settings, data)
+            if any(is_left_out(name, data) for name in settings["of"]):
+                pixels = math.prod(data.image_shape)
+                say(f"evaluation without raw pixels: {pixels:,} of an image are more than {MOST_RAW_PIXELS:,}")
+            if unseen := unseen_classes(data.train.labels, data.test.labels):
+                held_out = int((data.test.labels >= 0).sum())
+                say(
+                    f"labels     {unseen:,} of {held_out:,} held out are of classes that no training image has:\n"
+                    "           they always count as wrong"
+                )
+        validates = data is not self.data or why_not_validated(self.config.trainer) is None
+        return check_logged(
+            self.config, objective, callbacks, evaluated=evaluated, validates=validates, labels=why_unscored(data)
+        )
 
     def _optimizer(self) -> Any:
         """The factory of the optimizer, its learning rate scaled by the global batch."""

@@ -17,6 +17,11 @@ PACKAGES = (
 )
 
 
+def own_version() -> str:
+    """Name and version of this package, as ``--version`` prints them."""
+    return f"{PACKAGES[0]} {version(PACKAGES[0])}"
+
+
 def versions() -> dict[str, str]:
     """Version of Python, the platform and each package that is installed."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

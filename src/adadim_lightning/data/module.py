@@ -115,7 +115,8 @@ class ImageData(LightningDataModule):
         channels, height, width = self.image_shape
         kind = "grey" if channels == 1 else "RGB"
         labeled = bool(getattr(self.train, "is_labeled", False))
-        classes = f"{self.num_classes} classes" if self.num_classes else "labels" if labeled else "no labels"
+        plural = "" if self.num_classes == 1 else "es"
+        classes = f"{self.num_classes} class{plural}" if self.num_classes else "labels" if labeled else "no labels"
         held_out = f"; {len(self.test):,} held out" if self.test is not None else "; none held out" * labeled
         workers = f"by {self.num_workers} workers" if self.num_workers else "in this process"
         where = "in memory" if isinstance(self.train, MemoryImages) else f"decoded {workers}"
