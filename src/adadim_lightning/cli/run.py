@@ -133,7 +133,7 @@ def _train(config: DictConfig, folder: Path, overrides: list[str], resume: bool,
 
     def last_words() -> None:
         stopped = {"status": "stopped", "error": "interrupted by SIGTERM", "epochs": run.epochs}
-        write_summary(folder / "summary.json", summary | stopped | read_metrics(folder / "metrics.csv")[1])
+        write_summary(folder / "summary.json", summary | stopped | Logged.read(folder / "metrics.csv").last)
 
     with ends_at_sigterm(lambda: run.trainer, last_words):
         return _carry_out(run, summary, start, resume=resume)
