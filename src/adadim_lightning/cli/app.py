@@ -259,8 +259,8 @@ def _message(error: BaseException) -> str:
     if lines and lines[0].startswith("Error(s) in loading state_dict"):
         return f"the checkpoint does not fit the model, resume with the settings it was trained with: {lines[1]}"
     message = "; ".join(lines)
-    if "mismatched input '='" in message:
-        message += "; quote a value that holds an equals sign, as in 'ckpt=\"epoch=1.ckpt\"'"
+    if re.search(r"mismatched input '='|no viable alternative at input '.*='", message):
+        message += "; quote a value that holds an equals sign, as in 'ckpt=[\"epoch=1.ckpt\"]'"
     plain = (ValueError, RuntimeError, hydra.errors.HydraException, OmegaConfBaseException)
     # Lightning's own error for a wrong setting; importing it here would cost seconds.
     if isinstance(error, plain) or type(error).__name__ == "MisconfigurationException":
