@@ -206,7 +206,9 @@ def one_line(error: BaseException) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
         # An option may lie deeper, as data=medmnist/retina does.
-        folder = config_dir() / ("data" if group == "eval_data" else group)
+        folder = config_dir() / re.sub("^eval_data", "data", group)
+        if group.startswith(("data/", "eval_data/")):  # Hydra lists what lies beside such a folder
+            shown = [path.stem for path in folder.glob("*.yaml")] or shown
         deeper = next(folder.glob(f"*/{glob.escape(option)}.yaml"), None)
         if deeper is not None:
             meant = str(deeper.relative_to(folder).with_suffix(""))
