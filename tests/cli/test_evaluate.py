@@ -411,6 +411,10 @@ RUN = "ckpt=RUN"  # stands for the run on the digits
             "weights.pth lacks 100 of 100 weights of ResNet",
         ),
         ([RUN, "backbone=resnet18"], "give either ckpt=..., or backbone=... and weights=..., not both"),
+        (
+            ["ckpt=[RUN,a/epoch=1.ckpt]"],
+            "quote a value that holds an equals sign, as in 'ckpt=[\"epoch=1.ckpt\"]'",
+        ),
         ([RUN, "weights=weights.pth"], "give either ckpt=..., or backbone=... and weights=..., not both"),
         ([RUN, "views=cifar"], "the checkpoint decides views, as it was trained; leave views out"),
         ([RUN, "data=digits", "data.image_size=9"], "the checkpoint decides data.image_size, as it was trained"),

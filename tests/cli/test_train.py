@@ -248,6 +248,8 @@ BAD_INPUT = {
     "+trainer.max_epoch=1": "trainer: there is no key 'max_epoch'; did you mean 'max_epochs'?",
     "+objectiv.gamma=1": "the configuration has no key 'objectiv'; did you mean 'objective'?",
     "foo=1": "seed, show_views, trainer, trust, views; add a new one by +foo=...",
+    "data=medmnist/pneumonai": "data/medmnist has no option 'pneumonai'; did you mean 'pneumonia'?",
+    "eval_data=medmnist/zzz": "eval_data/medmnist has no option 'zzz'; it has blood, breast, chest, derma, oct, ",
     "seed=x": "seed must be an integer >= 0, got 'x'",
     "trainer.max_epochs=abc": "trainer.max_epochs must be an integer >= 1, got 'abc'",
     "trainer.max_epochs=0": "trainer.max_epochs must be an integer >= 1, got 0",

@@ -206,7 +206,9 @@ def one_line(error: BaseException) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         shown = [name for name in error.options if not name.startswith("_")]
         # An option may lie deeper, as data=medmnist/retina does.
-        folder = config_dir() / ("data" if group == "eval_data" else group)
+        folder = config_dir() / re.sub("^eval_data", "data", group)
+        if group.startswith(("data/", "eval_data/")):  # Hydra lists what lies beside such a folder
+            shown = [path.stem for path in folder.glob("*.yaml")] or shown
         deeper = next(folder.glob(f"*/{glob.escape(option)}.yaml"), None)
         if deeper is not None:
             meant = str(deeper.relative_to(folder).with_suffix(""))
@@ -259,8 +261,8 @@ def _message(error: BaseException) -> str:
     if lines and lines[0].startswith("Error(s) in loading state_dict"):
         return f"the checkpoint does not fit the model, resume with the settings it was trained with: {lines[1]}"
     message = "; ".join(lines)
-    if "mismatched input '='" in message:
-        message += "; quote a value that holds an equals sign, as in 'ckpt=\"epoch=1.ckpt\"'"
+    if re.search(r"mismatched input '='|no viable alternative at input '.*='", message):
+        message += "; quote a value that holds an equals sign, as in 'ckpt=[\"epoch=1.ckpt\"]'"
     plain = (ValueError, RuntimeError, hydra.errors.HydraException, OmegaConfBaseException)
     # Lightning's own error for a wrong setting; importing it here would cost seconds.
     if isinstance(error, plain) or type(error).__name__ == "MisconfigurationException":
