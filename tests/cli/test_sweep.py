@@ -124,6 +124,64 @@ def test_resumed_jobs_keep_their_folders_and_new_ones_get_free_numbers(tmp_path:
     assert placed[1][1] == ["seed=0", "hydra.sweep.subdir='0'"]
 
 
+@pytest.mark.parametrize(
+    ("before", "given", "asked", "expected"),
+    [
+        (["trainer.max_epochs=10"], ["trainer.max_epochs=20"], ["trainer.max_epochs=20"], ["0"]),
+        ([], ["trainer.max_epochs=20"], ["trainer.max_epochs=20"], ["0"]),
+        (["trainer.max_epochs=10"], [], [], ["0"]),
+        (["+trainer.max_steps=10"], ["+trainer.max_steps=20"], ["+trainer.max_steps=20"], ["0"]),
+        # Length is what is swept: in this command, or by a file.
+        (
+            ["trainer.max_epochs=10"],
+            ["trainer.max_epochs=10,20,40"],
+            ["trainer.max_epochs=20", "trainer.max_epochs=10", "trainer.max_epochs=40"],
+            ["1", "0", "2"],
+        ),
+        (["trainer.max_epochs=10"], [], ["trainer.max_epochs=20"], ["1"]),
+        # Anything else makes another job.
+        (["trainer.max_epochs=10", "objective=vicreg"], ["trainer.max_epochs=20"], ["trainer.max_epochs=20"], ["1"]),
+    ],
+)
+def test_sweep_continues_jobs_that_differ_in_length_alone(
+    tmp_path: Path, before: list[str], given: list[str], asked: list[str], expected: list[str]
+) -> None:
+    fake_runs(tmp_path, ["seed=0", *before])
+    sweep = sweep_of(tmp_path)
+    sweep.given = frozenset(given)  # axes are parsed only in a real multirun
+    jobs = [["seed=0", override] for override in asked] or [["seed=0"]]
+    placed = [sweep.place(job, number)[0] for number, job in enumerate(jobs)]
+    assert [folder and folder.name for folder in placed] == expected
+
+
+def test_sweep_that_held_several_lengths_starts_another(tmp_path: Path) -> None:
+    fake_runs(tmp_path, ["seed=0", "trainer.max_epochs=10"], ["seed=0", "trainer.max_epochs=20"])
+    sweep = sweep_of(tmp_path, "trainer.max_epochs=40")
+    folders = [sweep.place(["seed=0", f"trainer.max_epochs={n}"], i)[0] for i, n in enumerate((40, 20))]
+    assert [folder and folder.name for folder in folders] == ["2", "1"]
+
+
+def test_sweep_resumed_with_more_epochs_trains_its_jobs_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [x for x in QUICK if "max_epochs" not in x]
+    command = ("-m", "seed=0,1", *others, "evaluation=null")
+    assert run(monkeypatch, tmp_path, *command, "trainer.max_epochs=1") == 0
+    ids = [summary(tmp_path / name)["run_id"] for name in "01"]
+    capsys.readouterr()
+    assert run(monkeypatch, tmp_path, *command, "trainer.max_epochs=2", "resume=true") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("trained further: trainer.max_epochs 1 -> 2") == 2
+    assert "2 jobs: 2 ok" in printed
+    assert [folder.name for folder in run_folders(tmp_path)] == ["0", "1"]
+    after = [summary(tmp_path / name) for name in "01"]
+    assert [(x["run_id"], x["epochs"]) for x in after] == [(i, 2) for i in ids]
+    # Fewer: nothing to do, and the command says so of each.
+    assert run(monkeypatch, tmp_path, *command, "trainer.max_epochs=1", "resume=true") == 0
+    assert capsys.readouterr().out.count("holds a finished run of 2 epochs: nothing to do") == 2
+    assert [summary(tmp_path / name) for name in "01"] == after
+
+
 def test_folders_that_the_user_names_are_left_to_hydra(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "hydra.sweep.subdir=${hydra.job.override_dirname}")
     assert sweep.place(["seed=0"], 0) == (None, ["seed=0"])

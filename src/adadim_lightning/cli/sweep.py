@@ -21,6 +21,7 @@ from adadim_lightning.run_folder import SUMMARY, read_summary, run_folders
 # What says where and how a job runs, not what it is.
 NOT_THE_JOB = ("run_dir", "resume")
 NOT_THE_NAME = ("sweep=", "logger")
+LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 
 Key = frozenset[str]
 
@@ -32,6 +33,10 @@ def job_key(overrides: Iterable[str]) -> Key:
         for override in without_null(overrides)
         if (name := override.lstrip("+~").partition("=")[0]) not in NOT_THE_JOB and not name.startswith("hydra")
     )
+
+
+def _is_length(override: str) -> bool:
+    return override.lstrip("+~").partition("=")[0] in LENGTH
 
 
 def without_null(overrides: Iterable[str]) -> list[str]:
@@ -88,6 +93,7 @@ class Sweep:
         self.resume = wants_resume(config)
         self.jobs: dict[Path, list[str]] = {}
         self.known: dict[Key, Path] = {}
+        self.given = frozenset(map(str, config.hydra.overrides.task))  # as typed: an axis is no job's override
         for folder in run_folders(self.folder) if self.folder.is_dir() else ():
             try:
                 summary = read_summary(folder)
@@ -106,7 +112,7 @@ class Sweep:
     def place(self, overrides: Sequence[str], number: int) -> tuple[Path | None, list[str]]:
         """Folder of a job, None where Hydra names it, and the overrides that lead to it."""
         key = job_key(overrides)
-        folder = self.known.get(key)
+        folder = self.known.get(key) or self._of_another_length(key)
         if folder is None and self.numbered:
             taken = {path.name for path in self.known.values()}
             while str(number) in taken or (self.folder / str(number) / SUMMARY).exists():
@@ -118,6 +124,15 @@ class Sweep:
         self.jobs[folder] = list(overrides)
         name = re.sub(r"(['\\])", r"\\\1", os.path.relpath(folder, self.folder))
         return folder, [*overrides, f"hydra.sweep.subdir='{name}'"]
+
+    def _of_another_length(self, key: Key) -> Path | None:
+        """Return the folder of the job that differs in its length alone, unless length is what is swept."""
+        lengths = frozenset(filter(_is_length, key))
+        if not lengths <= self.given:
+            return None
+        rest = key - lengths
+        found = {path for known, path in self.known.items() if rest == {x for x in known if not _is_length(x)}}
+        return found.pop() if len(found) == 1 else None
 
     def summaries(self) -> list[tuple[Path, dict[str, Any]]]:
         """What became of each job, also of those that an earlier part ran; one that never began is "missing"."""
@@ -184,6 +199,8 @@ def _done(folder: Path | None, overrides: Sequence[str]) -> JobReturn | None:
         return None
     if summary is None or summary["status"] != "ok":
         return None
+    if job_key(summary.get("overrides", ())) != job_key(overrides):
+        return None  # of another length: the run itself tells whether that is longer
     value = summary.get(str(summary.get("optimized_metric")))
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
 
