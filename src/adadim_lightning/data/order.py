@@ -242,7 +242,7 @@ class TrainingLoader(DataLoader[Any]):
         if isinstance(self.dataset, Streamed):
             self.dataset.set_epoch(epoch)
             # In the earlier run, all processes had the batches that are skipped.
-            rest = islice(super().__iter__(), batches, None)
+            rest: Iterator[Any] = islice(super().__iter__(), batches, None)
             rest = rest if self.group is None else _in_step(rest, self.group)
             return rest if batches else self._some(rest)
         assert self.order is not None
