@@ -89,7 +89,7 @@ class ImageData(LightningDataModule):
         self.title = title
         self._order_seed: int | None = None
         self._resumed: tuple[int, Place] | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None  # of processes that read a stream
         decodes = views.on_host or not isinstance(train, MemoryImages)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.num_workers = (min(cores, 8) if decodes else 0) if num_workers is None else num_workers
