@@ -578,3 +578,35 @@ def test_what_is_saved_in_a_fit_is_neither_tapped_nor_steered(watching: list[Any
         assert float(module.training_step(batch, 0)) == float(bare.training_step(batch, 0))
     assert len(saved.callbacks) == len(watching)
     fit(OneCallPerView(), fixed_batches(2), *saved.callbacks)  # a copy of a callback follows another model
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_steered_loss_compares_gradients_past_the_hooks_of_z(kind: Any) -> None:
+    r, leaves = views(2)
+    scales = []
+    for hooked in (False, True):
+        loss, scale = objective(kappa="match"), NativeScale()
+        z = [x.clone() for x in leaves]
+        calls: list[int] = []
+        for i, x in enumerate(z if hooked else ()):
+            # Not linear: it would change the ratio of two gradients.
+            x.register_hook(lambda gradient: gradient / gradient.norm())
+            x.register_hook(lambda _, i=i, calls=calls: calls.append(i))
+        native = (z[0] - z[1]).pow(2).mean() + z[0].exp().mean()
+        total = steered_loss(kind, native, r, z, loss, native_scale=scale).total
+        assert not calls
+        total.backward()
+        assert sorted(calls) == ([0, 1] if hooked else [])  # the user's own backward pass calls each once
+        scales.append(torch.stack([loss.kappa, scale.scale]))
+    assert torch.equal(*scales)
+    assert int(loss.calls) == 1
+
+
+def test_steered_fit_calls_the_hooks_of_z_once_a_step() -> None:
+    module = OneCallPerView()
+    calls: list[Tensor] = []
+    module.projector.register_forward_hook(
+        lambda _module, _inputs, z: z.register_hook(calls.append) and None, prepend=True
+    )
+    fit(module, fixed_batches(3), AdaDim("encoder", "projector", native_loss="other"))
+    assert len(calls) == 2 * 3  # two views, three steps

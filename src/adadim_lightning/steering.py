@@ -1,7 +1,8 @@
 """Steers the loss of somebody else's module: AdaDim's terms beside it, or an alpha that it has."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from itertools import combinations
 from typing import Any, Literal
@@ -119,7 +120,8 @@ def steered_loss(
     each = [objective.parts(r[i], r[j], z[i], z[j], **replaced) for i, j in pairs]
     means = {name: torch.stack([values[name] for values in each]).mean() for name in each[0]}
     embeddings = z if embeddings is None else embeddings
-    output = objective.mix(means, embeddings)
+    with _without_hooks(embeddings):
+        output = objective.mix(means, embeddings)
     scale: Tensor | float = 1.0
     if kind == "sample_contrastive":
         # The objective has kappa times this loss: divided by kappa, the loss is as large as it was.
@@ -131,7 +133,7 @@ def steered_loss(
                 return means["decorrelation"]
             return torch.stack([objective.decorrelation_loss(z[i], z[j]) for i, j in pairs]).mean()
 
-        with no_autocast(native):
+        with no_autocast(native), _without_hooks(embeddings):
             scale = (NativeScale().to(native.device) if native_scale is None else native_scale)(
                 native, decorrelation, embeddings
             )
@@ -151,6 +153,20 @@ def steered_loss(
     else:
         parts["native"], weighted["native"] = parts.pop(place), weighted.pop(place)
     return ObjectiveOutput(total, parts, weighted)
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Suspend the hooks on tensors: they are for the user's backward pass, and may change the gradient."""
+    # A view, as in AdaDimLoss.forward, does not help here: the module's own loss was computed from Z itself.
+    found = [(hooks, dict(hooks)) for x in tensors if (hooks := x._backward_hooks)]
+    for hooks, _ in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in found:
+            hooks.update(kept)
 
 
 def loss_of(outputs: Any) -> Tensor | None:
