@@ -284,7 +284,7 @@ def why_unvalidated(trainer: Trainer) -> str | None:
     if every and epochs // every == epoch // every:
         return f"the trainer validates every {every} epochs and trains {epochs:g}"
     done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of an epoch that goes on
-    first = float(trainer.val_check_batch or batches)
+    first = math.inf if trainer.val_check_batch is None else float(trainer.val_check_batch)
     if every and every > 1 and (skipped := every - 1 - epoch % every):
         first += skipped * batches
     left = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else math.inf
