@@ -151,7 +151,7 @@ class ImageData(LightningDataModule):
         if self.trainer is not None and stage == "fit":
             forget_cut_epoch(self.trainer)
             if isinstance(self.train, IterableDataset) and world_size() > 1:
-                self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+                self._group = dist.new_group(backend="gloo")
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         if device.type == "cuda" and not self._in_workers():
             for images in (self.train, self.test):
