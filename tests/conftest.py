@@ -22,6 +22,13 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes of their own, so that ``-m`` can leave them out."""
+    for item in items:
+        if "two_processes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.two_processes)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
