@@ -194,7 +194,7 @@ def numbers(found: list[Any]) -> list[int]:
         (97, False, [6, 7, 8, 9]),
         (1, False, [9]),
         (33, True, [7, 8, 9]),
-        (10**6, False, None),
+        (10**6, False, list(range(10))),
     ],
 )
 def test_the_newest_steps_that_fill_the_window_are_taken(window: int, first_view: bool, kept: list[int]) -> None:
