@@ -15,6 +15,7 @@ OFF = """
 import os, socket, subprocess, sys
 def refuse(*_, **__): raise AssertionError("the network, or another process")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+import wandb  # which looks for the C library by a program of the system
 subprocess.Popen.__init__ = os.fork = os.posix_spawn = refuse
 from adadim_lightning.cli.dashboard import main
 sys.argv = ["adadim-dashboard", *sys.argv[1:]]

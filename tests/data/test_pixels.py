@@ -1,5 +1,7 @@
 """Pixels of more than 8 bits: one scale for a set, or an error that names a file, its range and the setting."""
 
+import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image
 
 from adadim_lightning.data import ImageFiles, huggingface, image_folder
 from adadim_lightning.data.decoding import decode
+from adadim_lightning.data.huggingface import _encoded
 from adadim_lightning.data.pixels import DataError, PixelScale
 from tests.data.pictures import encode, views
 
@@ -59,6 +62,46 @@ SAFE = {
     "int32 to 65535": np.rint(RAMP * 65535).astype(np.int32),
     "16 bits": np.rint(RAMP * 65535).astype(np.uint16),
 }
+
+SIGNED = {  # bits, as Pillow saves them, and the sample format that makes them signed or unsigned
+    "int8": (np.rint(RAMP * 127).astype(np.uint8), 2),
+    "int16": (np.rint(RAMP * 32767).astype(np.uint16), 2),
+    "int16 of 8 bits": (EIGHT.astype(np.uint16), 2),
+    "uint32": (np.rint(RAMP * 65535).astype(np.int32), 1),
+}
+
+
+def with_sample_format(pixels: np.ndarray, sample_format: int) -> bytes:
+    """A TIFF file whose tag 339 says 1, unsigned, or 2, signed."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF", tiffinfo={339: sample_format})
+    signed, wanted = (struct.pack("<HHLL", 339, 3, 1, x) for x in (2, sample_format))
+    data = file.getvalue().replace(signed, wanted)
+    assert wanted in data
+    return data
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_tiff_files_with_and_without_a_sign_keep_the_levels(name: str, tmp_path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.tif").write_bytes(with_sample_format(*SIGNED[name]))
+    for in_memory in (True, False):
+        assert worst(load(tmp_path, in_memory=in_memory)[0][0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sample_format", "shown"),
+    [
+        (EIGHT, 2, "-128 to 127"),
+        (np.rint(RAMP * 4000 - 1000).astype(np.int16).view(np.uint16), 2, "-1000 to 3000"),
+        ((RAMP * np.float64(2**32 - 1)).astype(np.uint32).view(np.int32), 1, "0 to 4.29497e\\+09"),
+    ],
+)
+def test_a_tiff_file_beyond_the_usual_range_shows_its_own_numbers(pixels, sample_format, shown, tmp_path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.tif").write_bytes(with_sample_format(pixels, sample_format))
+    with pytest.raises(DataError, match=rf"0\.tif has pixels from {shown}.*data\.pixel_range"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -229,6 +272,17 @@ def test_lists_of_pixels_and_files_within_a_table_are_scaled(tmp_path, monkeypat
         huggingface(str(tmp_path / "x.parquet"), views=views(), batch_size=2)
     data = huggingface(str(tmp_path / "x.parquet"), views=views(), batch_size=2, pixel_range=[0, 4080])
     assert worst(data.train[0][0]) <= 1
+
+
+def test_a_range_that_begins_above_black_gets_an_advice_that_uses_it(tmp_path) -> None:
+    pixels = (RAMP * 0.2 + 0.1).astype(np.float32)
+    with pytest.raises(DataError, match=r"from 0\.1 to 0\.3, .* such as \[0,0\.3\]"):
+        load(folder(tmp_path / "x", *[pixels] * 3))
+
+
+def test_pixels_of_integers_that_are_missing_are_counted_as_unreadable() -> None:
+    with pytest.raises(ValueError, match="some of its pixels are missing"):
+        _encoded([[0, None]], "uint8")
 
 
 def test_shapes_that_are_no_image_are_broken() -> None:

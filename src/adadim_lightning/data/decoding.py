@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
 
 from adadim_lightning.data.pixels import DataError, DeepImage, PixelScale, printable
 
@@ -72,12 +73,13 @@ def decode_in_thread(
     """:func:`decode` where other threads do so too: the caller keeps warnings away, by :func:`no_warnings`."""
     image = _opened(source)
     if isinstance(image, Image.Image):
+        deep = _deep_type(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         if "exif" in image.info or image.format in ("TIFF", "PNG"):
             image = ImageOps.exif_transpose(image)
-        if _is_deep(image):  # Pillow's own conversion would clip them
-            image = _pixels(image)
+        if deep is not None:  # Pillow's own conversion would clip them
+            image = _pixels(image, deep)
     if not isinstance(image, Image.Image):
         if scale is None:
             scale = PixelScale.of([DeepImage(name, image)])
@@ -89,35 +91,40 @@ def decode_in_thread(
 
 
 def deep_image(source: Encoded, name: str) -> DeepImage | None:
-    """The pixels of an image of more than 8 bits; None for others, which are not decoded.
-
-    Raises:
-        DataError: 16 bits a color of which Pillow, which reads the upper eight, would lose nearly all.
-    """
+    """The pixels of an image of more than 8 bits; None for others, which are not decoded."""
     image = _opened(source)
-    if isinstance(image, Image.Image) and _is_deep(image):
-        return DeepImage(name, _pixels(image))
-    if isinstance(image, Image.Image):
-        if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
-            top = int(np.percentile(np.asarray(image.convert("RGB")), 99.5))
-            if 0 < top < 64:
-                top = 256 * top + 255
-                raise DataError(
-                    f"{printable(name)} has colors of 16 bits that use only 0 to {top} of 65535, and only "
-                    "their upper eight bits are read; save such images with 8 bits, or scaled to 65535"
-                )
-        return None
-    return DeepImage(name, image)
+    if not isinstance(image, Image.Image):
+        return DeepImage(name, image)
+    deep = _deep_type(image)
+    if deep is not None:
+        return DeepImage(name, _pixels(image, deep))
+    if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+        upper = np.asarray(image.convert("RGB"))  # Pillow reads no more of them
+        return DeepImage(name, upper.astype(np.uint16) * 257, upper_bits=True)
+    return None
 
 
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith(("I", "F"))
-
-
-def _pixels(image: Image.Image) -> np.ndarray[Any, Any]:
-    pixels = np.asarray(image)
+def _deep_type(image: Image.Image) -> np.dtype[Any] | None:
+    """The type of the stored pixels if they have more than 8 bits, or a sign; else None."""
+    if image.mode.startswith("F"):
+        return np.dtype(np.float32)
+    if isinstance(image, TiffImageFile) and image.mode in ("I", "L"):
+        # Pillow reads bytes with a sign as if they had none, and unsigned 32 bits as if they had one.
+        signed = image.tag_v2.get(SAMPLEFORMAT, (1,))[0] == 2
+        if image.mode == "L":
+            return np.dtype(np.int8) if signed else None
+        return np.dtype(f"{'' if signed else 'u'}int{image.tag_v2[BITSPERSAMPLE][0]}")
+    if image.mode == "I" and image.format is None:
+        return np.dtype(np.int32)
     # Pillow opens 16 bits of some formats, such as PGM, as 32.
-    return pixels.astype(np.uint16) if image.mode == "I" and image.format not in ("TIFF", None) else pixels
+    return np.dtype(np.uint16) if image.mode.startswith("I") else None
+
+
+def _pixels(image: Image.Image, deep: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    pixels = np.asarray(image)
+    if pixels.itemsize == deep.itemsize and pixels.dtype.kind != deep.kind:
+        return pixels.view(deep)
+    return pixels.astype(deep, copy=False)
 
 
 def _opened(source: Encoded) -> Image.Image | np.ndarray[Any, Any]:

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from adadim_lightning.data.decoding import Encoded, check_channels, decode, deep_image, fit_square, is_broken
 from adadim_lightning.data.images import ImageFiles, UnreadableImagesError
-from adadim_lightning.data.labels import MOST_CLASSES, UNLABELED, Categories
+from adadim_lightning.data.labels import MOST_CLASSES, UNLABELED, Categories, is_missing
 from adadim_lightning.data.module import ImageData
 from adadim_lightning.data.pixels import SAMPLED, DeepImage, PixelScale, printable
 from adadim_lightning.data.splits import first_few, hold_out, image_data
@@ -181,7 +181,7 @@ class _Split(NamedTuple):
     @property
     def is_labeled(self) -> bool:
         """Whether any image has a label."""
-        return any(label not in MISSING and label == label for label in self.labels)
+        return not all(map(is_missing, self.labels))
 
     @property
     def names(self) -> list[str] | None:
@@ -194,11 +194,14 @@ class _Split(NamedTuple):
             return self
         labels, names = list(self.table[self.label]), self.names
         if names is not None:
+            beyond = max((x for x in labels if x is not None), default=UNLABELED)
+            if beyond >= len(names):
+                raise ValueError(
+                    f"data.label_column: {self.label} has the class {beyond}, but names of {len(names)} classes, "
+                    "from 0; mend its features, or set data.labeled=false"
+                )
             labels = [None if x is None or x < 0 else names[x] for x in labels]
         return self._replace(labels=labels)
-
-
-MISSING = (None, UNLABELED)
 
 
 def _categories(parts: Sequence[_Split], *, named: bool) -> Categories | None:
@@ -444,7 +447,10 @@ def _encoded(value: Any, dtype: str | None = None) -> Encoded:
     if value is None:
         raise ValueError("the row holds no image")
     if dtype is not None:
-        return np.asarray(value, dtype)
+        try:
+            return np.asarray(value, dtype)
+        except TypeError:  # integers cannot be NaN
+            raise ValueError("some of its pixels are missing") from None
     if isinstance(value, str) and "://" in value:  # within an archive, or on the hub
         from datasets.utils.file_utils import xopen
 
@@ -554,7 +560,7 @@ class ImageStream(IterableDataset[Any]):
         if self.categories is None:  # nothing is scored
             return label if isinstance(label, int) and 0 <= label < MOST_CLASSES else UNLABELED
         number = self.categories.number(label)
-        if number == UNLABELED and label not in MISSING and label == label and not self._warned:
+        if number == UNLABELED and not is_missing(label) and not self._warned:
             self._warned = True
             warnings.warn(
                 f"labels of the stream that no held-out image has, such as {printable(label)}, count as missing",

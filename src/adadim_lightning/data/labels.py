@@ -31,8 +31,8 @@ class Categories:
     def of(cls, labels: Iterable[Any]) -> "Categories":
         """Number the distinct labels: 0, 1, ... stay as they are, others are numbered in their order.
 
-        Integers, words, bytes, booleans, dates, decimals, and floats; what is missing (None, NaN, and -1 beside
-        labels of 0 and above) has no number.
+        Integers, words, bytes, booleans, dates, decimals, and floats; what is missing (None, NaN, an empty
+        word, and -1 beside labels of 0 and above) has no number.
 
         Raises:
             ValueError: there are too many distinct labels for categories; the message begins with a verb.
@@ -42,7 +42,8 @@ class Categories:
             ['2480000', '2480137']
         """
         counts = Counter(_value(label) for label in labels)
-        del counts[None]
+        for empty in [x for x in counts if _is_empty(x)]:
+            del counts[empty]
         if UNLABELED in counts and set(counts) != {-1, 1} and all(_is_count(x) for x in counts if x != UNLABELED):
             del counts[UNLABELED]
         _check_few(counts)
@@ -57,6 +58,19 @@ class Categories:
     def tensor(self, labels: Iterable[Any]) -> Tensor:
         """The numbers of labels, int64."""
         return torch.tensor([self.number(label) for label in labels], dtype=torch.int64)
+
+
+def is_missing(label: Any) -> bool:
+    """Whether an entry of a column says that there is no label; -1 says so, whatever stands beside it."""
+    try:
+        value = _value(label)
+    except ValueError:  # several values
+        return False
+    return _is_empty(value) or bool(value == UNLABELED)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _is_plain(label: Any) -> bool:

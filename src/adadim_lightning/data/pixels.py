@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WHITES = {"16-bit": (65535,), "integer": (255, 65535), "float": (1, 255, 65535)}
+WHITES = {
+    "16-bit": (65535,),
+    "signed 8-bit": (127,),
+    "signed 16-bit": (255, 32767),
+    "integer": (255, 65535),
+    "float": (1, 255, 65535),
+}
 """Usual values of white, by how the pixels are stored; black is 0."""
 
 OVERSHOOT = 0.05  # of the range, by floats; resizing leaves such
@@ -29,10 +35,17 @@ def printable(name: object) -> str:
 
 
 class DeepImage(NamedTuple):
-    """An image of more than 8 bits: its name for messages, and its pixels."""
+    """An image of more than 8 bits.
+
+    Attributes:
+        name: for messages.
+        pixels: as they are stored.
+        upper_bits: only the upper eight of 16 bits can be read, and no scale applies.
+    """
 
     name: str
     pixels: np.ndarray[Any, Any]
+    upper_bits: bool = False
 
 
 class _Extent(NamedTuple):
@@ -63,8 +76,9 @@ class PixelScale:
     def of(cls, images: Iterable[DeepImage], given: Sequence[float] | None = None) -> "PixelScale":
         """Find the scale of a set from some of its images.
 
-        White is 65535 for 16-bit images, 255 or 65535 for wider integers, and 1, 255 or 65535 for floats: the
-        first that no image exceeds. Pixels that are not finite do not count.
+        White is the first usual value that no image exceeds: 65535 for 16-bit images, 127 for signed 8-bit ones,
+        255 or 32767 for signed 16-bit ones, 255 or 65535 for wider integers, and 1, 255 or 65535 for floats.
+        Pixels that are not finite do not count.
 
         Args:
             images: some images, those of more than 8 bits.
@@ -75,9 +89,13 @@ class PixelScale:
                 message names a file, its range, and the setting.
         """
         extents: dict[str, list[_Extent]] = {}
+        upper: list[_Extent] = []
         for image in images:
-            if np.isfinite(image.pixels).any():
+            if image.upper_bits:
+                upper.append(_extent(image))
+            elif np.isfinite(image.pixels).any():
                 extents.setdefault(_kind(image.pixels), []).append(_extent(image))
+        _check_upper_bits(upper)
         if given is not None:
             black, white = check_pixel_range(given)
             _check_not_flat([x for several in extents.values() for x in several], black, white)
@@ -132,7 +150,10 @@ def check_pixel_range(given: Sequence[float]) -> tuple[float, float]:
 def _kind(pixels: np.ndarray[Any, Any]) -> str:
     if pixels.dtype.kind == "f":
         return "float"
-    return "16-bit" if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2 else "integer"
+    bits = 8 * pixels.dtype.itemsize
+    if bits > 16:
+        return "integer"
+    return f"{bits}-bit" if pixels.dtype.kind == "u" else f"signed {bits}-bit"
 
 
 def _extent(image: DeepImage) -> _Extent:
@@ -191,6 +212,18 @@ def _check_alike(kind: str, extent: _Extent, white: int) -> None:
         )
 
 
+def _check_upper_bits(extents: Sequence[_Extent]) -> None:
+    """Raise DataError if most images, of which the upper eight bits alone are read, would be dark or black."""
+    dark = [x for x in extents if x.bulk_high < LEAST_USED * 65535]  # of what is below 256 nothing is left
+    if 2 * len(dark) > len(extents):
+        named = max(dark, key=lambda x: x.bulk_high)
+        raise DataError(
+            f"{printable(named.name)} has colors of 16 bits that use only 0 to {int(named.bulk_high) | 255} of "
+            "65535, as in most such images, and only their upper eight bits are read; save such images with 8 "
+            "bits, or scaled to 65535"
+        )
+
+
 def _check_not_flat(extents: Sequence[_Extent], black: float, white: float) -> None:
     """Raise DataError if most images that are not of one value would be nearly of one level."""
     varied = [x for x in extents if x.bulk_low < x.bulk_high]
@@ -213,5 +246,5 @@ def _advice(extent: _Extent) -> str:
         low, high = extent.low, extent.high
     if 0 <= low <= high - low:
         usual = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)))
-        low, high = 0, next((x for x in usual if LEAST_USED * x <= high <= x), high)
+        low, high = 0, next((x for x in usual if LEAST_USED * x <= high - low and high <= x), high)
     return f"set data.pixel_range to the values of black and white, such as [{low:g},{high:g}]"

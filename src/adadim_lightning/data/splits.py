@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adadim_lightning.data.images import ImageFiles, ImageSet
 from adadim_lightning.data.module import ImageData
-from adadim_lightning.data.pixels import PixelScale, printable
+from adadim_lightning.data.pixels import DeepImage, PixelScale, printable
 from adadim_lightning.functional._numeric import check_integer, check_number
 
 SPLIT_SEED = 0
@@ -95,13 +95,20 @@ def image_data(train: Any, test: ImageSet | None, *, in_memory: bool | None = No
 def _share_scale(sets: Sequence[ImageFiles]) -> None:
     """Give all parts of a set one scale of pixels of more than 8 bits."""
     given = next((images.pixel_range for images in sets), None)
-    deep = chain.from_iterable(images.deep_sample() for images in sets)
-    first = next(deep, None)
-    if first is None and given is not None:
+    scaled = False
+
+    def sample() -> Iterator[DeepImage]:
+        nonlocal scaled
+        for image in chain.from_iterable(images.deep_sample() for images in sets):
+            scaled = scaled or not image.upper_bits
+            yield image
+
+    scale = PixelScale.of(sample(), given)
+    if given is not None and not scaled:
         rank_zero_warn(
-            f"data.pixel_range={list(given)} is ignored: the images have 8 bits, which count from 0 to 255"
+            f"data.pixel_range={list(given)} is ignored: the images have 8 bits, which count from 0 to 255, or "
+            "colors of 16 bits, of which the upper eight are read"
         )
-    scale = PixelScale.of([] if first is None else chain([first], deep), given)
     for images in sets:
         images.scale = scale
 
