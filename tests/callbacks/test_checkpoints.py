@@ -530,6 +530,7 @@ class EverySecond(Callback):
             pl_module.log("mine", float(trainer.current_epoch), on_step=False, on_epoch=True, batch_size=1)
 
 
+@pytest.mark.filterwarnings("ignore:DynamicsPlot draws nothing")
 def test_what_an_epoch_did_not_log_is_not_taken_from_the_one_before(tmp_path: Path) -> None:
     plot, lines, rows = DynamicsPlot(tmp_path / "plot"), EpochLines(), []
 
