@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
@@ -133,3 +134,38 @@ def test_a_step_without_values_logs_nothing() -> None:
     reader = Reader()
     fit(Silent(), fixed_batches(2), reader)
     assert reader.epochs == [{}]
+
+
+class Overshooting(OneCallPerView):
+    """Each step is run twice; the first run has a value that no digit of the others would survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = EpochMeans()
+        self.runs = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.runs += 1
+        value = torch.tensor(1e12 if self.runs % 2 else 1.0 + batch_idx)
+        self.means.add(self, {"ours": value}, weight=3)
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Twice(self.parameters(), lr=1e-3)
+
+
+class Twice(torch.optim.SGD):
+    """Asks for the gradient twice a step."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            closure()
+        return super().step(closure)
+
+
+def test_last_run_of_a_step_takes_the_place_of_the_others_exactly() -> None:
+    module, reader = Overshooting(), Reader()
+    fit(module, fixed_batches(4), reader, max_epochs=2)
+    assert module.runs == 16
+    assert [epoch["ours"] for epoch in reader.epochs] == [2.5, 2.5]  # of 1, 2, 3 and 4

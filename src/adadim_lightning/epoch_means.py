@@ -27,7 +27,7 @@ class EpochMeans:
         self._names: tuple[str, ...] = ()
         self._results: Any = None  # where Lightning keeps them
         self._sums = self._weights = torch.zeros(0)
-        self._step: tuple[object, Tensor, int] | None = None  # the last one, what it added, and its weight
+        self._step: tuple[object, Tensor, Tensor] | None = None  # the last one; sums and weights before it
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(EpochMeans())  # the sums are those of this process
@@ -48,13 +48,14 @@ class EpochMeans:
         if step is None and trainer is not None:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if trainer is not None and self._holds(trainer, tuple(values), step):
-            own = torch.stack([value.to(self._sums) for value in values.values()]) * weight
             if self._step is not None and self._step[0] == step:
-                self._sums -= self._step[1]
-                self._weights -= self._step[2]
-            self._sums += own
+                # Put back, not subtracted: a run that overshot would take the digits of all others with it.
+                self._sums.copy_(self._step[1])
+                self._weights.copy_(self._step[2])
+            else:
+                self._step = step, self._sums.clone(), self._weights.clone()
+            self._sums += torch.stack([value.to(self._sums) for value in values.values()]) * weight
             self._weights += weight
-            self._step = step, own, weight
             for metric, _, _ in self._adopted:
                 metric._computed = None
         else:
@@ -62,7 +63,7 @@ class EpochMeans:
             self._adopt(module, tuple(values))
             if self._adopted:
                 own = torch.stack([value.to(self._sums) for value in values.values()]) * weight
-                self._step = step, own, weight
+                self._step = step, self._sums - own, self._weights - weight
 
     def _holds(self, trainer: Any, names: tuple[str, ...], step: object) -> bool:
         """Whether this trainer still reads the sums from here."""

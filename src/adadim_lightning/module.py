@@ -113,6 +113,7 @@ class AdaDimModule(LightningModule):
         """Refuse a strategy that would cut the model into parts."""
         if stage == "fit":
             check_strategy(self.trainer, self)
+            self.objective.step = None  # an earlier fit may have been cut off in a step
 
     def training_step(self, batch: tuple[tuple[Tensor, Tensor], Any], batch_idx: int) -> Tensor:
         """Loss of one batch; logs its parts."""
@@ -193,8 +194,13 @@ class AdaDimModule(LightningModule):
             step()
         before.restore_where(self.guard.tripped)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the objective that a step begins: an optimizer may run it several times."""
+        self.objective.step = object()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the guard when the trainer logs."""
+        self.objective.step = None
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step % every == 0:
             self.guard.check()

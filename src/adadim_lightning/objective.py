@@ -30,6 +30,31 @@ KAPPA_LIMIT = 100.0  # where Z has collapsed, uniformity has next to no gradient
 Decorrelation = Literal["vicreg", "barlow_twins"]
 
 
+class StepCount:
+    """Count of training steps, every tenth of which compares gradients.
+
+    Attributes:
+        calls: the count, on the device.
+        step: identity of the training step, which an optimizer such as SAM or L-BFGS runs several times: its runs
+            count once, and all have the kappa of the first; None where nobody tells, and each call counts.
+    """
+
+    calls: Tensor
+    step: object | None = None
+    _counted: object | None = None
+    _calls = 0  # the same, where it can be read without a sync
+
+    def _is_due(self) -> bool:
+        """Count the step, and return whether it compares gradients."""
+        if self.step is not None and self.step is self._counted:
+            return False
+        self._counted = self.step
+        due = self._calls % MATCH_EVERY == 0
+        self._calls += 1
+        self.calls.fill_(self._calls)
+        return due
+
+
 class ObjectiveOutput(NamedTuple):
     """What :class:`AdaDimLoss` returns.
 
@@ -46,7 +71,7 @@ class ObjectiveOutput(NamedTuple):
     weighted: dict[str, Tensor]
 
 
-class AdaDimLoss(nn.Module):
+class AdaDimLoss(StepCount, nn.Module):
     r"""Feature decorrelation and sample uniformity in the proportion alpha, and an information regularizer.
 
     .. math::
@@ -95,7 +120,6 @@ class AdaDimLoss(nn.Module):
     beta: Tensor
     kappa: Tensor
     gradient_norms: Tensor
-    calls: Tensor
 
     def __init__(
         self,
@@ -156,7 +180,6 @@ class AdaDimLoss(nn.Module):
         # Running norms at Z of the gradients of decorrelation and uniformity, for kappa="match".
         self.register_buffer("gradient_norms", torch.zeros(2))
         self.register_buffer("calls", torch.tensor(0))
-        self._calls = 0  # the same, where it can be read without a sync
         self.set_balance(alpha)
         self.register_load_state_dict_post_hook(_read_buffers)  # type: ignore[no-untyped-call]
 
@@ -292,11 +315,8 @@ class AdaDimLoss(nn.Module):
         """
         decorrelation, uniformity = parts["decorrelation"], parts["uniformity"]
         with no_autocast(decorrelation):
-            if self.match_gradients and self.training and decorrelation.requires_grad:
-                if self._calls % MATCH_EVERY == 0:
-                    self._match_gradients(decorrelation, uniformity, embeddings)
-                self._calls += 1
-                self.calls.fill_(self._calls)
+            if self.match_gradients and self.training and decorrelation.requires_grad and self._is_due():
+                self._match_gradients(decorrelation, uniformity, embeddings)
             information = self.floored(parts["information"])
             weighted = {
                 "decorrelation": (1 - self.alpha) * decorrelation,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from adadim_lightning.functional._numeric import no_autocast
 from adadim_lightning.objective import (
     KAPPA_LIMIT,
-    MATCH_EVERY,
     MATCH_WEIGHT,
     AdaDimLoss,
     ObjectiveOutput,
+    StepCount,
     gradient_norms,
 )
 
@@ -26,7 +26,7 @@ NativeLoss = Literal["sample_contrastive", "dimension_contrastive", "other"]
 NATIVE_LOSSES = {"sample_contrastive": "uniformity", "dimension_contrastive": "decorrelation", "other": None}
 
 
-class NativeScale(nn.Module):
+class NativeScale(StepCount, nn.Module):
     """Running ratio of gradient norms at Z: a module's own loss over AdaDim's decorrelation.
 
     It brings AdaDim's terms to the size of the module's own loss, so that a tuned learning rate still fits.
@@ -34,14 +34,12 @@ class NativeScale(nn.Module):
 
     scale: Tensor
     norms: Tensor
-    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("norms", torch.zeros(2))
         self.register_buffer("calls", torch.tensor(0))
-        self._calls = 0  # the same, where it can be read without a sync
         self.register_load_state_dict_post_hook(_read_calls)  # type: ignore[no-untyped-call]
 
     def forward(self, native: Tensor, decorrelation: Callable[[], Tensor], embeddings: Sequence[Tensor]) -> Tensor:
@@ -55,11 +53,8 @@ class NativeScale(nn.Module):
         Raises:
             ValueError: a loss does not depend on the embeddings.
         """
-        if native.requires_grad and torch.is_grad_enabled():
-            if self._calls % MATCH_EVERY == 0:
-                self._renew(gradient_norms((native, decorrelation()), embeddings))
-            self._calls += 1
-            self.calls.fill_(self._calls)
+        if native.requires_grad and torch.is_grad_enabled() and self._is_due():
+            self._renew(gradient_norms((native, decorrelation()), embeddings))
         return self.scale
 
     def _renew(self, norms: Tensor) -> None:

@@ -1,5 +1,8 @@
 """The steering callback in real fits, against what the test's own hooks recorded."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -205,3 +208,64 @@ def test_a_run_on_a_gpu_resumes_with_its_window_and_its_probes(tmp_path) -> None
     path = tmp_path / "1.ckpt"
     fit(tiny_module(), data, *callbacks(tmp_path / "again"), resumed, **gpu, ckpt_path=path)
     assert resumed.alphas == pytest.approx(whole.alphas[10:], rel=1e-3)
+
+
+class Repeated(torch.optim.SGD):
+    """Runs each step three times at the same weights, as a line search that does not move: as SGD does once."""
+
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+        return super().step(closure)
+
+
+class Foreign(OneCallPerView):
+    """Has the loss and the optimizer that it is given."""
+
+    def __init__(self, optimizer: Any, loss: AdaDimLoss | None = None) -> None:
+        super().__init__(loss)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), lr=1e-2)
+
+
+def measured(kind: str, optimizer: Any) -> list[Tensor]:
+    """State of what matches gradients after two fits, and the weights."""
+    steering = AdaDim() if kind in ("module", "own loss") else AdaDim(native_loss=kind)  # type: ignore[arg-type]
+    if kind == "module":
+        module: Any = tiny_module(optimizer=partial(optimizer, lr=1e-2))
+    else:
+        module = Foreign(optimizer, AdaDimLoss() if kind == "own loss" else None)
+    for _ in range(2):
+        fit(module, fixed_batches(11), steering)
+    losses = [x for x in module.modules() if isinstance(x, AdaDimLoss)] or [steering.objective]
+    states = [*losses, steering.native_scale, module]
+    return [value for state in states for value in state.state_dict().values()]
+
+
+@pytest.mark.parametrize("kind", ["module", "own loss", "other", "sample_contrastive", "dimension_contrastive"])
+def test_kappa_of_a_step_that_is_run_several_times_is_that_of_one_run_once(kind: str) -> None:
+    once, often = (measured(kind, optimizer) for optimizer in (torch.optim.SGD, Repeated))
+    assert all(torch.equal(a, b) for a, b in zip(once, often, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, Repeated])
+def test_kappa_counts_each_of_the_accumulated_batches_once(optimizer: Any) -> None:
+    steering = AdaDim(native_loss="other")
+    fit(Foreign(optimizer), fixed_batches(6), steering, accumulate_grad_batches=2)
+    assert [int(x.calls) for x in (steering.objective, steering.native_scale)] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", ["module", "own loss", "other"])
+def test_objective_counts_each_call_again_after_a_fit(kind: str) -> None:
+    steering = AdaDim(native_loss="other") if kind == "other" else AdaDim()
+    module: Any = tiny_module() if kind == "module" else Foreign(torch.optim.SGD, AdaDimLoss())
+    module = OneCallPerView() if kind == "other" else module
+    fit(module, fixed_batches(3), steering)
+    objective = next((x for x in module.modules() if isinstance(x, AdaDimLoss)), steering.objective)
+    assert int(objective.calls) == 3
+    for _ in range(2):
+        objective(*torch.randn(2, 4, 6, requires_grad=True), *torch.randn(2, 4, 5, requires_grad=True))
+    assert int(objective.calls) == 5

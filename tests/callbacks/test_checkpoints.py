@@ -1,6 +1,7 @@
 """Checkpoints: when they are written, that they are whole, and that a run goes on from them to the bit."""
 
 import os
+import pickle
 import random
 import signal
 import threading
@@ -529,6 +530,7 @@ class EverySecond(Callback):
             pl_module.log("mine", float(trainer.current_epoch), on_step=False, on_epoch=True, batch_size=1)
 
 
+@pytest.mark.filterwarnings("ignore:DynamicsPlot draws nothing")
 def test_what_an_epoch_did_not_log_is_not_taken_from_the_one_before(tmp_path: Path) -> None:
     plot, lines, rows = DynamicsPlot(tmp_path / "plot"), EpochLines(), []
 
@@ -542,3 +544,31 @@ def test_what_an_epoch_did_not_log_is_not_taken_from_the_one_before(tmp_path: Pa
     mine = plot.history["mine"]
     assert [x if x == x else None for x in mine + [float("nan")] * (4 - len(mine))] == [None, 1.0, None, 3.0]
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+
+
+class Duplicates(Callback):
+    """Copies the trainer after each batch, without the copies so far."""
+
+    def __init__(self, duplicate: Callable[[Any], Any]) -> None:
+        self.duplicate = duplicate
+        self.copies: list[Trainer] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.copies.append(self.duplicate(trainer))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"]
+)
+def test_trainer_is_copied_within_a_fit_without_what_the_callback_put_into_it(
+    duplicate: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    duplicates = Duplicates(duplicate)
+    used = trainer(RunCheckpoints(tmp_path), duplicates, max_epochs=1)
+    used.fit(OneCallPerView(), fixed_batches(1))
+    connector: Any = duplicates.copies[0]._logger_connector
+    assert connector is not used._logger_connector
+    assert connector.on_batch_end.__self__ is connector  # Lightning's own, of the copy

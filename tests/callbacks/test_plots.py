@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from adadim_lightning import AdaDim, DimensionMonitor, DynamicsPlot, OnlineKNN, OnlineLinearProbe
 from adadim_lightning.callbacks import RunCheckpoints
 from adadim_lightning.functional import eigenvalue_spectrum
+from adadim_lightning.report.dynamics import draw_dynamics
 from tests.helpers import (
     DIM_R,
     DIM_Z,
@@ -174,3 +175,19 @@ def test_a_run_stopped_within_an_epoch_is_drawn_without_an_error(tmp_path: Path)
 
     fit(tiny_module(), fixed_batches(4), DimensionMonitor(window=32), DynamicsPlot(tmp_path), Stop(), max_epochs=3)
     assert_drawn(tmp_path / "dynamics.png")
+
+
+def test_picture_joins_readings_over_epochs_without_one() -> None:
+    nan = float("nan")
+    history = {
+        "epoch": np.arange(5.0),
+        "dynamics/H_R": np.array([nan, 1.0, nan, 3.0, nan]),
+        "dynamics/I_RZ": np.array([nan, 2.0, nan, 4.0, nan]),
+        "probe/linear_top1": np.array([nan, 0.5, nan, 0.75, nan]),
+    }
+    figure = draw_dynamics(history, {"epoch": np.arange(2), "R": np.ones((2, 3))})
+    drawn = {axes.get_title("left"): axes for axes in figure.axes}
+    line = drawn["Held-out accuracy"].lines[0].get_xydata()
+    assert np.asarray(line).tolist() == [[2, 0.5], [4, 0.75]]
+    ends = [np.asarray(x.get_offsets()) for x in drawn["Path through H(R) and I(R;Z)"].collections[-2:]]
+    assert [x.tolist() for x in ends] == [[[1, 2]], [[3, 4]]]

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import json
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from adadim_lightning.cli.summary import Logged, print_report
 from adadim_lightning.cli.sweep_report import hydra_argument, print_line, print_sweep
+from adadim_lightning.cli.train import main
 
 BIN = Path(sys.executable).parent
 
@@ -111,7 +113,7 @@ def test_the_shorter_path_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_missing_metric_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(tmp_path, Logged({}), {}, missing="probe/no_[such]")
+    print_report(tmp_path, Logged({}, {}), {}, missing="probe/no_[such]")
     assert "optimized_metric probe/no_[such] was not logged" in capsys.readouterr().out
 
 
@@ -229,3 +231,19 @@ def test_an_epoch_without_a_value_has_not_that_of_another(
     assert rows["online kNN"] == ["-", "0.250", "(epoch", "2)"]
     print_report(tmp_path, Logged.read(tmp_path / "missing.csv"), {})
     assert "first epoch" not in capsys.readouterr().out
+
+
+def test_a_run_that_logs_without_an_epoch_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Lightning's monitor of the learning rate writes rows that name no epoch.
+    monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor, logging_interval: step}"
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.log_every_n_steps=1"]
+    off = ["~callbacks.dynamics_plot", "~callbacks.checkpoint", "~callbacks.linear_probe", "~callbacks.knn"]
+    options = [*few, *off, monitor, "trust=[lightning]", "evaluation=null", "optimized_metric=dynamics/ER_R"]
+    monkeypatch.setattr(sys, "argv", ["adadim-train", *options, f"run_dir={tmp_path / 'run'}"])
+    main()
+    assert "first epoch" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "ok"
+    assert summary["lr-AdamW/pg1"] > 0

@@ -220,6 +220,13 @@ class AdaDim(DimensionMonitor):
         if self._undo is not None:
             self._undo()
         self._undo = self._batch = self._views = None
+        self._tell_step(None)
+
+    def _tell_step(self, step: object | None) -> None:
+        """Tell what counts training steps which one this is."""
+        self.native_scale.step = step
+        if self._balanced is not None:
+            self._balanced.step = step
 
     def _forget(self) -> None:
         """Begin with the objective and the balance as they were given: a schedule may have a state of its own."""
@@ -315,6 +322,8 @@ class AdaDim(DimensionMonitor):
                 self._target.write(values[0])
             self._values = values
         self._batch = batch
+        if pl_module.automatic_optimization:  # by hand, one step may take the loss of several parts
+            self._tell_step(object())
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
@@ -325,6 +334,7 @@ class AdaDim(DimensionMonitor):
         if self.momentum is not None:
             self.momentum.release()
         self._batch = self._views = None
+        self._tell_step(None)
         if self.balance.every_n_steps is not None and self._step % self.balance.every_n_steps == 0:
             self._measure(pl_module)
             self._renew_statistics(trainer)

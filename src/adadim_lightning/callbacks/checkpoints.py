@@ -371,14 +371,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers, the metrics and the gradients; see to what follows each batch."""
         # Lightning calls the module's own hook after those of all callbacks, and it may change weights; then this.
-        on_batch_end = trainer._logger_connector.on_batch_end
-
-        def save_before() -> None:
-            if trainer.training:
-                self._after_batch(trainer)
-            on_batch_end()
-
-        trainer._logger_connector.on_batch_end = save_before  # type: ignore[method-assign]
+        trainer._logger_connector.on_batch_end = _SaveBefore(self, trainer)  # type: ignore[method-assign]
         begin_epoch(trainer)
         self._saved_step = trainer.global_step
         if world_size() > 1:
@@ -395,6 +388,25 @@ class RunCheckpoints(Checkpoint):
             pl_module.get_parameter(name).grad = gradient.to(pl_module.device)
         set_random_state(self._restored["random"], pl_module.device)
         self._restored = None
+
+
+class _SaveBefore:
+    """The end of a batch, before which a checkpoint may be written.
+
+    Pickled or copied with its trainer, it is Lightning's own.
+    """
+
+    def __init__(self, checkpoints: RunCheckpoints, trainer: Trainer) -> None:
+        self._checkpoints, self._trainer = checkpoints, trainer
+        self._own = trainer._logger_connector.on_batch_end
+
+    def __call__(self) -> None:
+        if self._trainer.training:
+            self._checkpoints._after_batch(self._trainer)
+        self._own()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._trainer._logger_connector, "on_batch_end")  # the class's: a copy has no other yet
 
 
 def _validates_next(trainer: Trainer) -> bool:

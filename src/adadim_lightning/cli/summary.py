@@ -41,28 +41,26 @@ class Logged:
 
     Attributes:
         epochs: values of each epoch by log name, in the order of the epochs.
+        last: last value under each log name; of those without an epoch too, such as learning rates of Lightning's
+            monitor.
     """
 
     epochs: dict[int, Figures]
+    last: Figures
 
     @classmethod
     def read(cls, path: Path) -> "Logged":
         """Read a ``metrics.csv``; where there is no such file, nothing was logged."""
         epochs: dict[int, Figures] = {}
+        last: Figures = {}
         if path.exists():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     values = {key: float(x) for key, x in row.items() if x and key not in ("epoch", "step")}
-                    epochs.setdefault(int(row["epoch"]), {}).update(values)
-        return cls(dict(sorted(epochs.items())))
-
-    @property
-    def last(self) -> Figures:
-        """Last value under each log name."""
-        last: Figures = {}
-        for values in self.epochs.values():
-            last |= values
-        return last
+                    last |= values
+                    if row.get("epoch"):
+                        epochs.setdefault(int(row["epoch"]), {}).update(values)
+        return cls(dict(sorted(epochs.items())), last)
 
 
 @rank_zero_only
@@ -87,7 +85,7 @@ def print_report(folder: Path, logged: Logged, evaluation: Figures, *, missing: 
         evaluation: scores of the closing evaluation.
         missing: an optimized metric that was not logged.
     """
-    tables = [] if set(ROWS).isdisjoint(logged.last) else [_training(logged)]
+    tables = [_training(logged)] if set(ROWS) & set().union(*logged.epochs.values()) else []
     if evaluation:
         tables.append(_evaluation(evaluation))
     with screen() as console:

@@ -78,11 +78,13 @@ def draw_dynamics(history: Mapping[str, Array], spectra: Mapping[str, Array]) ->
 def _curves(axes: Axes, title: str, epoch: Array, history: Mapping[str, Array], curves: list[Curve]) -> None:
     if title:
         axes.set_title(title, loc="left", fontweight="bold")
-    marker = "o" if len(epoch) == 1 else None
     # A dashed line shows the one that it runs over, as beta over alpha where gamma is 1.
     for (key, label, color), line in zip(curves, cycle(("-", "--", ":")), strict=False):
         if key in history:
-            axes.plot(epoch, history[key], line, label=label, color=color, marker=marker, linewidth=1.8)
+            values = np.asarray(history[key])
+            known = np.isfinite(values)  # an epoch without a reading does not cut the line
+            marker = "o" if known.sum() == 1 else None
+            axes.plot(epoch[known], values[known], line, label=label, color=color, marker=marker, linewidth=1.8)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
@@ -131,11 +133,13 @@ def _plane(axes: Axes, figure: Figure, epoch: Array, history: Mapping[str, Array
     missing = np.full(len(epoch), np.nan)
     h, i = (np.asarray(history.get(key, missing)) for key in ("dynamics/H_R", "dynamics/I_RZ"))
     scale = _time_scale(axes, figure, epoch)
+    known = np.isfinite(h) & np.isfinite(i)
+    h, i = h[known], i[known]
     points = np.stack([h, i], axis=1)
     if len(points) > 1:
         segments = np.stack([points[:-1], points[1:]], axis=1)
         path = LineCollection(list(segments), cmap=TIME, norm=scale, linewidth=2)
-        path.set_array(epoch[1:])
+        path.set_array(epoch[known][1:])
         axes.add_collection(path)
         axes.plot(h, i, linestyle="none")  # so that the legend keeps clear of the path
     axes.scatter(h[:1], i[:1], marker="o", s=45, color=GREY, zorder=3, label="start")
