@@ -211,7 +211,7 @@ def test_a_file_that_will_be_replaced_is_named_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for there in (False, True):
-        assert run(monkeypatch, embed, f"ckpt={trained}", "out=mine.npz") == 0
+        assert run(monkeypatch, embed, f"ckpt='{trained}'", "out=mine.npz") == 0
         lines = capsys.readouterr().out.splitlines()
         assert ("  mine.npz is there already: it will be replaced" in lines[:3]) is there
 
