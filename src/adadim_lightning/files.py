@@ -1,7 +1,9 @@
-"""Places where files go."""
+"""Places where files go, and words as a shell reads them."""
 
 import errno
 import os
+import re
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -22,3 +24,10 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def shell_word(text: str) -> str:
+    """Quote a text as one word of a shell, in double quotes where it has single ones of its own."""
+    if "'" in text and not re.search(r'["\\$`!]', text):
+        return f'"{text}"'
+    return shlex.quote(text)

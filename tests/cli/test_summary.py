@@ -92,7 +92,23 @@ def parsed(argument: str) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "two words", "it's", "a=b", "x,y", "0", "null", "[1]", "back\\slash", "end\\", "é", "\\'", '"'],
+    [
+        "plain",
+        "two words",
+        "two  words ",
+        "it's",
+        "it's $5!",
+        "a=b",
+        "x,y",
+        "0",
+        "null",
+        "[1]",
+        "back\\slash",
+        "end\\",
+        "é",
+        "\\'",
+        '"',
+    ],
 )
 def test_hydra_reads_any_folder_behind_the_shell(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +119,11 @@ def test_hydra_reads_any_folder_behind_the_shell(
         assert len(words) == 1
         value = parsed(words[0])
         assert (tmp_path / str(value)).resolve() == folder
+
+
+def test_a_printed_path_reads_well(tmp_path: Path) -> None:
+    assert hydra_argument("ckpt", Path("/two words")) == "'ckpt=/two words'"
+    assert hydra_argument("ckpt", Path("/a=b")) == """"ckpt='/a=b'\""""
 
 
 def test_the_shorter_path_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -401,6 +401,4 @@ def test_the_command_line_is_quoted_and_names_the_user_s_own_groups(tmp_path: Pa
     sources = [{"path": "conf", "provider": "main"}, {"path": "/my groups", "provider": "command-line"}]
     (folder / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": {"runtime": {"config_sources": sources}}}))
     (run,), _ = read_runs([folder])
-    assert command_line(run) == (
-        """adadim-train --config-dir '/my groups' experiment=x '+note='"'"'a b'"'"'' seed=0"""
-    )
+    assert command_line(run) == ("""adadim-train --config-dir '/my groups' experiment=x "+note='a b'" seed=0""")

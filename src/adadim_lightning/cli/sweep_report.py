@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adadim_lightning.cli.sweep import job_key
+from adadim_lightning.files import shell_word
 
 Summary = Mapping[str, Any]
 
@@ -55,17 +55,17 @@ def hydra_argument(key: str, folder: Path) -> str:
     path = shown_path(folder)
     if os.sep not in path:
         path = os.path.join(os.curdir, path)  # else a folder "0" would be a number
-    if re.search(r"[^\w./:+@%-]", path, re.ASCII):
+    if re.search(r"[^\w ./:+@%-]", path, re.ASCII) or path.endswith(" "):
         # Backslashes count only before a quote.
         path = "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), path) + "'"
-    return shlex.quote(f"{key}={path}")
+    return shell_word(f"{key}={path}")
 
 
 def next_commands(folder: Path) -> list[str]:
     """What to try with the folder of a run."""
     return [
         f"adadim-evaluate {hydra_argument('ckpt', folder)}",
-        f"adadim-report {shlex.quote(shown_path(folder))}",
+        f"adadim-report {shell_word(shown_path(folder))}",
         f"adadim-embed {hydra_argument('ckpt', folder)}",
     ]
 
@@ -110,7 +110,7 @@ def print_sweep(jobs: Sequence[tuple[Path, Summary]], folder: Path, command: Seq
     title += ", ".join(f"{count[status]} {status}" for status in sorted(count, key=_rank))
     if 0 < len(shown) < len(jobs):
         title += f"; the best {len(shown)} by {metric}"
-    commands = [f"adadim-report {shlex.quote(shown_path(folder))}"]
+    commands = [f"adadim-report {shell_word(shown_path(folder))}"]
     if set(count) - {"ok"}:
         commands.append(_resume(folder, sys.argv if command is None else command))
     with screen() as console:
@@ -183,9 +183,9 @@ def _resume(folder: Path, command: Sequence[str]) -> str:
     overrides: list[str] = []
     for before, argument in pairwise(command):
         if argument.startswith("-") or before in WITH_VALUE:
-            options.append(shlex.quote(argument))
+            options.append(shell_word(argument))
         elif not argument.startswith(("run_dir=", "resume=")):
-            overrides.append(shlex.quote(argument))
+            overrides.append(shell_word(argument))
     # Hydra takes its overrides in one piece.
     return " ".join(["adadim-train", *options, *overrides, hydra_argument("run_dir", folder), "resume=true"])
 

@@ -1,6 +1,5 @@
 """The report: one HTML file that needs nothing beside it."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from adadim_lightning.extras import require
+from adadim_lightning.files import shell_word
 from adadim_lightning.report.arms import Arm
 from adadim_lightning.report.figures import plots
 from adadim_lightning.report.runs import RunRecord
@@ -185,7 +185,7 @@ def command_line(run: RunRecord) -> str:
     """What to type for this run again, in a new folder."""
     words = ["adadim-train", *_config_dir(run.folder)]
     words += [text for text in run.overrides or () if text.lstrip("+").partition("=")[0] not in OWN_FOLDER]
-    return shlex.join(words)
+    return " ".join(map(shell_word, words))
 
 
 def _config_dir(folder: Path) -> list[str]:
