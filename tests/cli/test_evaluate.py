@@ -118,6 +118,17 @@ def test_few_labels_score_as_scikit_learn_on_such_draws(measured: Any) -> None:
         assert 0 < model["values"][f"{name}_std"] < 0.1
 
 
+def mutual_information(rows: dict[str, np.ndarray], chosen: np.ndarray) -> float:
+    """The matrix-based I(R;Z) of order 2, in nats."""
+    grams = []
+    for name in ("representation", "embedding"):
+        x = rows[name][chosen].astype(np.float64)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        grams.append(x @ x.T)
+    r, z, both = (-np.log((k**2).sum() / np.trace(k) ** 2) for k in (*grams, grams[0] * grams[1]))
+    return r + z - both
+
+
 def test_label_free_values_are_those_of_the_held_out_embeddings(measured: Any) -> None:
     model, _, rows = measured
     values, test = model["values"], rows["split"] == "test"
@@ -130,7 +141,7 @@ def test_label_free_values_are_those_of_the_held_out_embeddings(measured: Any) -
             assert values["H_R"] == pytest.approx(entropy, rel=1e-4)
             assert values["rankme"] == pytest.approx(np.exp(entropy), rel=1e-2)
     assert values["log_n"] == pytest.approx(math.log(500))
-    assert 0 < values["I_RZ"] < values["log_n"]
+    assert values["I_RZ"] == pytest.approx(mutual_information(rows, test), abs=1e-5)
     r = rows["representation"][test].astype(np.float64)
     r /= np.linalg.norm(r, axis=1, keepdims=True)
     closeness = np.exp(-2 * (2 - 2 * r @ r.T)[np.triu_indices(len(r), 1)])

@@ -298,3 +298,24 @@ def test_the_scale_minds_neither_nan_nor_warnings() -> None:
         warnings.simplefilter("error")
         scale = PixelScale(whites={"float": 1})
         assert scale.to_bytes(np.array([[np.nan, np.inf], [0, 1]], np.float32), "x").tolist() == [[0, 0], [0, 255]]
+
+
+@pytest.mark.parametrize("dark", [1, 4])
+def test_a_few_images_of_fewer_bits_are_named(dark: int, tmp_path) -> None:
+    full, few = ((RAMP * top).astype(np.uint16) for top in (65535, 4095))
+    with pytest.warns(UserWarning, match=rf"0\.tif has pixels from 0 to 4095, and {dark} of 8 16-bit"):
+        load(folder(tmp_path / "x", *[few] * dark, *[full] * (8 - dark)), held_out=0)
+
+
+def test_a_stream_is_looked_at_beside_its_held_out_images(tmp_path) -> None:
+    for split, top in (("train", 4095), ("test", 65535)):
+        image = encode((RAMP * top).astype(np.uint16), "TIFF")
+        pq.write_table(pa.table({"image": [image] * 8, "label": [0, 1] * 4}), tmp_path / f"{split}-0.parquet")
+    with pytest.warns(UserWarning, match=r"of the stream has pixels from 0 to 4095, and 8 of 16 16-bit"):
+        huggingface(str(tmp_path), image_size=32, channels=1, batch_size=2, views=views(1), streaming=True)
+
+
+def test_the_range_that_is_advised_is_not_the_one_that_is_refused(tmp_path) -> None:
+    quarter = (RAMP * 16384 + 16384).astype(np.uint16)
+    with pytest.raises(DataError, match=r"such as \[0,32768\] "):
+        load(folder(tmp_path / "x", *[quarter] * 3))

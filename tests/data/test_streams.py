@@ -1,6 +1,7 @@
 """Streams that several processes read: equally many batches for each, whatever they skip."""
 
 import multiprocessing
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -214,3 +215,5 @@ def test_training_resumes_within_an_epoch_of_a_stream(
         path = tmp_path / "c" / f"epoch=0000-step={step:06d}.ckpt"
         rest = both(two_processes, folder, num_workers=workers, ckpt_path=str(path))
         assert rest == [[epochs[0][step:], epochs[1]] for epochs in whole]
+    # Else nobody can end the processes any more.
+    assert two_processes.run(signal.getsignal, signal.SIGTERM) == [signal.SIG_DFL] * 2

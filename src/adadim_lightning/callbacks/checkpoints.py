@@ -184,8 +184,12 @@ class RunCheckpoints(Checkpoint):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the signals to Lightning, before it leaves them to who listened before the fit."""
+        self._leave(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the signals and the trainer to others."""
+        """Leave the signals and the trainer to others, also where there was nothing to train."""
         self._leave(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -118,10 +118,11 @@ def huggingface(
         def whole(split: str) -> _Split:
             part = read(split)
             if streaming:
-                rows = list(part.table.take(MOST_OF_A_STREAM))
+                # In Arrow's own types: through Python, ids of 64 bits without a sign are too large.
+                rows = list(part.table.with_format("arrow").take(MOST_OF_A_STREAM))
                 if not rows:
                     raise ValueError(f"the split {split!r} of {path} is empty")
-                part = part._replace(table=datasets.Dataset.from_list(rows, features=part.table.features))
+                part = part._replace(table=datasets.concatenate_datasets([datasets.Dataset(x) for x in rows]))
             return part.with_labels()
 
         def images(part: _Split, categories: Categories | None) -> ImageFiles:
@@ -411,10 +412,8 @@ def _of_rows(part: _Split, categories: Categories | None) -> Categories | None:
 
 
 def _scale_of_stream(training: _Split, test: ImageFiles | None, pixel_range: Sequence[float] | None) -> PixelScale:
-    """The scale of a stream's pixels: that of its held-out images, else of its first rows."""
-    if test is not None:
-        return test.scale
-    first: list[DeepImage] = []
+    """The scale of a stream's pixels, of its held-out images and its first rows."""
+    first: list[DeepImage] = [] if test is None else list(test.deep_sample())
     dtype = _pixel_type(training.table.features[training.image])
     for row in training.table.take(SAMPLED):
         with suppress(Exception):  # counted where it is decoded

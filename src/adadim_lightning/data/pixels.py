@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 WHITES = {
     "16-bit": (65535,),
@@ -198,6 +199,13 @@ def _white(kind: str, extents: Sequence[_Extent]) -> int:
         )
     for extent in extents:
         _check_alike(kind, extent, white)
+    if dark:  # a night among days, or images of fewer bits: they alone can tell
+        named = min(dark, key=lambda x: x.bulk_high - x.bulk_low)
+        rank_zero_warn(
+            f"{_range(named)}, and {len(dark)} of {len(varied)} {kind} images looked at use less than a quarter "
+            f"of the range 0 to {white}, so they stay dark or flat; if they have fewer bits than the others, "
+            "scale the files alike (data.pixel_range holds for all of them)"
+        )
     return white
 
 
@@ -246,5 +254,6 @@ def _advice(extent: _Extent) -> str:
         low, high = extent.low, extent.high
     if 0 <= low <= high - low:
         usual = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16)))
-        low, high = 0, next((x for x in usual if LEAST_USED * x <= high - low and high <= x), high)
+        used = extent.bulk_high - extent.bulk_low  # what `_white` looks at, or the advice would not help
+        low, high = 0, next((x for x in usual if LEAST_USED * x <= used and high <= x), high)
     return f"set data.pixel_range to the values of black and white, such as [{low:g},{high:g}]"
