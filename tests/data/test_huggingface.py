@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from adadim_lightning.data import ImageData, UnreadableImagesError, huggingface
 from adadim_lightning.data.huggingface import _encoded
+from adadim_lightning.data.pixels import DataError
 from tests.data.pictures import DATASETS, encode, pixels, views
 from tests.helpers import fit, tiny_module
 
@@ -444,6 +445,23 @@ def test_damaged_images_of_a_stream_are_counted_in_each_epoch(tmp_path) -> None:
     tight = stream(tmp_path, shuffle_buffer=1, max_unreadable=1, num_workers=1)
     with pytest.raises(UnreadableImagesError, match=r"^2 images of the stream cannot be read, more than .*=1"):
         list(tight.train_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore:images of the stream")
+@pytest.mark.filterwarnings("ignore:no probes")
+def test_a_stream_without_any_readable_image_is_named(tmp_path) -> None:
+    write(tmp_path / "train.parquet", {"image": [b"oops", None, b""], "label": [0, 1, 2]})
+    with pytest.raises(DataError, match=r"^the stream has no image that can be read$"):
+        stream(tmp_path, max_unreadable=9).sample(2)
+
+
+def test_ids_of_64_bits_of_a_stream_are_classes(tmp_path) -> None:
+    for split in ("train", "test"):
+        columns = {"image": [encode(pixels(i)) for i in range(6)], "label": [2**63 + i % 3 for i in range(6)]}
+        write(tmp_path / f"{split}.parquet", columns, label=pa.uint64())
+    data = stream(tmp_path, shuffle_buffer=1)
+    assert data.test is not None
+    assert data.test.labels.tolist() == [label for _, label in data.train] == [0, 1, 2] * 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -134,6 +136,19 @@ def test_a_fit_on_files_through_workers(backend: str, tmp_path) -> None:
     assert view1.dtype == torch.float32
     every = torch.cat([labels for _, labels in seen.batches])
     assert sorted(every.tolist()) == [-1] * 2 + [0] * 12 + [1] * 10
+
+
+def test_a_process_ends_that_still_reads_from_its_workers() -> None:
+    script = """
+from adadim_lightning.data import digits
+from tests.data.pictures import views
+batches = iter(digits(views=views(1), batch_size=32, num_workers=1).train_dataloader())
+print(len(next(batches)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 
 @pytest.mark.parametrize("backend", ["kornia", "torchvision"])

@@ -1,8 +1,11 @@
 """The LightningDataModule: two views of each training image, clean held-out images."""
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, cast
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
 from adadim_lightning.data.labels import MOST_CLASSES
 from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
+from adadim_lightning.data.pixels import DataError
 from adadim_lightning.data.views import TwoViews
 from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.epochs import epochs_ended, forget_cut_epoch, within_epoch
@@ -25,6 +29,7 @@ from adadim_lightning.functional._numeric import check_integer
 MOST_ON_DEVICE = 8 * 2**30
 MOST_WORKERS = 1024
 EVALUATION_BATCH = 512
+EXIT_S = 1.0
 EVALUATION_PIXELS = 64 * 224**2  # of a batch; without gradients, yet on any machine
 
 
@@ -133,7 +138,10 @@ class ImageData(LightningDataModule):
         if source is None:
             # Filling a buffer to shuffle would take long.
             in_order = cast(Iterable[Any], getattr(self.train, "in_order", self.train))
-            images, labels = default_collate(list(islice(in_order, count)))
+            rows = list(islice(in_order, count))
+            if not rows:
+                raise DataError("the stream has no image that can be read")
+            images, labels = default_collate(rows)
             return images, labels
         images, labels = source.__getitems__(range(min(count, len(source))))
         return images.cpu(), labels
@@ -283,6 +291,24 @@ class ImageData(LightningDataModule):
 def _outlive_sigterm(worker: int) -> None:
     """Clusters tell all processes of a job to stop; a training needs its workers until it has ended its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with the process that reads from them
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what Python would at the exit, but wait no longer than ``EXIT_S``: workers ignore to be terminated.
+
+    Of an iterator that is left by the loop there are none any more; one that is still kept has its own.
+    """
+    workers = [x for x in multiprocessing.active_children() if x.daemon]
+    for worker in workers:
+        worker.terminate()
+    until = time.monotonic() + EXIT_S
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take a killed one for an error
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 class _Collate:
