@@ -129,6 +129,24 @@ def test_transform_makes_of_a_file_what_training_made_of_the_image(run: Path, tm
     assert pickle.loads(pickle.dumps(transform)).channels == 1  # loaders send it to their workers
 
 
+@pytest.mark.filterwarnings("ignore:.* has pixels from 0 to 3000")
+def test_transform_scales_an_image_as_its_set_was_scaled(tmp_path: Path) -> None:
+    (files := tmp_path / "files").mkdir()
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for i in range(6):
+        Image.fromarray((ramp * (65000 if i else 3000)).astype(np.uint16)).save(files / f"{i}.tif")
+    data = ["data=folder", f"data.root={files}", "data.image_size=8", "data.channels=1", "data.held_out=0"]
+    model = ["backbone=small_convnet", "backbone.channels=[4,8]", "views=digits", "data.batch_size=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        options = [*data, *model, "trainer.max_epochs=1", f"run_dir={tmp_path / 'run'}"]
+        patch.setattr(sys, "argv", ["adadim-train", *options])
+        train()
+    views = load_pretrained(tmp_path / "run").views
+    dark = torch.from_numpy(ramp * 3000 * (255 / 65535)).round().to(torch.uint8)
+    transformed = load_transform(tmp_path / "run")(files / "0.tif")
+    torch.testing.assert_close(transformed, views.clean(dark[None, None])[0])
+
+
 def test_last_checkpoint_of_a_run_is_found(run: Path, tmp_path: Path) -> None:
     assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == run / "checkpoints" / "last.ckpt"
     assert load_pretrained(run).name == "tiny"

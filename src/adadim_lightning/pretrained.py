@@ -42,6 +42,7 @@ class Pretrained:
         views: its views, and by ``views.clean`` the normalized images.
         image_shape: channels, height, width of what the backbone sees.
         config: the configuration of its training.
+        whites: values of white in its images of more than 8 bits, by how the pixels are stored.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Pretrained:
     views: "TwoViews"
     image_shape: tuple[int, int, int]
     config: dict[str, Any]
+    whites: Mapping[str, int]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -148,6 +150,8 @@ def load_pretrained(path: str | Path, *, trust: Sequence[str] = ()) -> Pretraine
         parts = {key: config[key] for key in NEEDED}
         state = {key.replace(COMPILED, ""): value for key, value in checkpoint["state_dict"].items()}
         channels, height, width = (int(x) for x in origin["image_shape"])
+        # Checkpoints of before do not say.
+        whites = {str(kind): int(white) for kind, white in origin.get("pixel_whites", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} lacks a part of what adadim-train writes: {error}") from error
     _check_plain(config, path)
@@ -165,7 +169,7 @@ def load_pretrained(path: str | Path, *, trust: Sequence[str] = ()) -> Pretraine
     _load(head, _below(state, "projection_head."), path)
     name = path.absolute().parent.parent.name if path.absolute().parent.name == "checkpoints" else path.stem
     views = _make("views", parts["views"], path)
-    return Pretrained(name, path, backbone, head, views, (channels, height, width), config)
+    return Pretrained(name, path, backbone, head, views, (channels, height, width), config, whites)
 
 
 def load_backbone(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
@@ -213,6 +217,7 @@ class Transform:
         # Where data.image_size cut a square that the views cut again, so it is here.
         canvas = int(pretrained.config["data"].get("image_size") or 0)
         self.pixel_range = pretrained.config["data"].get("pixel_range")
+        self.whites = pretrained.whites
         self.height, self.width = (max(canvas, side) for side in size)
 
     def __call__(self, image: Any) -> Tensor:
@@ -224,7 +229,10 @@ class Transform:
         from adadim_lightning.data.pixels import PixelScale
 
         size = (self.width, self.height)
-        scale = None if self.pixel_range is None else PixelScale.of([], self.pixel_range)
+        # An image alone does not tell the scale of its set: it may be a dark one.
+        scale = PixelScale(whites=self.whites) if self.whites else None
+        if self.pixel_range is not None:
+            scale = PixelScale.of([], self.pixel_range)
         decoded = decode(image, channels=self.channels, at_least=2 * max(size), scale=scale)
         if decoded.size != size:
             decoded = ImageOps.fit(decoded, size, Image.Resampling.BILINEAR)

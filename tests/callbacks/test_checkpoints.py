@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -518,6 +518,18 @@ def test_a_signal_writes_a_checkpoint_before_it_reaches_who_listened_before(
         signal.signal(number, before)
     assert heard == [(number, True)]
     assert written(tmp_path) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_are_left_as_they_were(number: int, fails: bool, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("gone")
+
+    before = signal.getsignal(number)
+    with pytest.raises(RuntimeError, match="gone") if fails else nullcontext():
+        train(LambdaCallback(on_train_batch_end=fail if fails else None), RunCheckpoints(tmp_path))
+    assert signal.getsignal(number) == before
 
 
 class EverySecond(Callback):

@@ -180,8 +180,13 @@ class RunCheckpoints(Checkpoint):
 
     def _leave(self, trainer: Trainer) -> None:
         vars(trainer._logger_connector).pop("on_batch_end", None)
+        # What Lightning found when the fit began, and goes back to at its end, was ours already.
+        found = trainer._signal_connector._original_handlers
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            before = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, before)
+            if found.get(number) == self._on_signal:
+                found[number] = before
         self._handlers = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -286,6 +286,7 @@ class Run:
         self.module.origin = {
             "config": origin,
             "image_shape": list(image.shape),
+            "pixel_whites": dict(self.data.scale.whites) if self.data.scale else {},
         }
         return True
 

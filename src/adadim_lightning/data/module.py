@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from adadim_lightning.data.images import Batch, ImageFiles, ImageSet, MemoryImages
 from adadim_lightning.data.labels import MOST_CLASSES
 from adadim_lightning.data.order import Place, Shuffled, ShuffledOrder, Streamed, TrainingLoader, seeded
-from adadim_lightning.data.pixels import DataError
+from adadim_lightning.data.pixels import DataError, PixelScale
 from adadim_lightning.data.views import TwoViews
 from adadim_lightning.distributed import of_all_processes, world_size
 from adadim_lightning.epochs import epochs_ended, forget_cut_epoch, within_epoch
@@ -51,6 +51,9 @@ class ImageData(LightningDataModule):
         num_workers: processes that load; None takes what suits: none for images in memory, else one for each
             core, up to 8.
         title: name of the data set, for messages.
+
+    Attributes:
+        scale: of pixels of more than 8 bits; None where nothing tells it.
 
     Raises:
         ValueError: ``batch_size`` is below 2 or above the number of training images, channels differ, or labels
@@ -92,6 +95,7 @@ class ImageData(LightningDataModule):
         self.views = views
         self.batch_size = batch_size
         self.title = title
+        self.scale: PixelScale | None = getattr(train, "scale", None)
         self._order_seed: int | None = None
         self._resumed: tuple[int, Place] | None = None
         self._group: Any = None  # of processes that read a stream

@@ -82,18 +82,21 @@ def image_data(train: Any, test: ImageSet | None, *, in_memory: bool | None = No
     """
     if in_memory is None and options["views"].on_host:
         in_memory = False  # these views want the images as they are on disk
-    _share_scale([images for images in (train, test) if isinstance(images, ImageFiles)])
+    scale = _share_scale([images for images in (train, test) if isinstance(images, ImageFiles)])
     kept = [_in_memory(images, in_memory) for images in (train, test)]
     for images in (train, test):
         news = images.news_of_unreadable() if isinstance(images, ImageFiles) else None
         if news is not None:
             rank_zero_warn(news)
     _report_labels(kept[0], kept[1])
-    return ImageData(kept[0], kept[1], **options)
+    data = ImageData(kept[0], kept[1], **options)
+    if isinstance(train, ImageFiles):
+        data.scale = scale  # also of images that are in memory by now
+    return data
 
 
-def _share_scale(sets: Sequence[ImageFiles]) -> None:
-    """Give all parts of a set one scale of pixels of more than 8 bits."""
+def _share_scale(sets: Sequence[ImageFiles]) -> PixelScale:
+    """Give all parts of a set one scale of pixels of more than 8 bits, and return it."""
     given = next((images.pixel_range for images in sets), None)
     scaled = False
 
@@ -111,6 +114,7 @@ def _share_scale(sets: Sequence[ImageFiles]) -> None:
         )
     for images in sets:
         images.scale = scale
+    return scale
 
 
 def _report_labels(train: Any, test: ImageSet | None) -> None:
